@@ -1,0 +1,40 @@
+"""ldm: latent diffusion, small enough to read.
+
+    import ldm
+    model = ldm.load()
+    model.generate("a red apple")[0].image.save("apple.png")
+
+Names are imported when they are first used, so that `import ldm` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ldm.errors import LdmError
+    from ldm.pipeline.latent_diffusion import LatentDiffusion
+    from ldm.pipeline.load import load
+    from ldm.pipeline.request import GenerateRequest
+
+__version__ = "0.1.0"
+__all__ = ["GenerateRequest", "LatentDiffusion", "LdmError", "__version__", "load"]
+
+_HOMES = {
+    "GenerateRequest": "ldm.pipeline.request",
+    "LatentDiffusion": "ldm.pipeline.latent_diffusion",
+    "LdmError": "ldm.errors",
+    "load": "ldm.pipeline.load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from the module that holds it (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ldm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,126 @@
+"""The `ldm` command: parse, call, answer. Errors are one line and exit code 2; torch is imported by the commands only."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, assert_never
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
+
+from ldm import __version__
+from ldm.apps.options import Command, Generate, Img2Img, Info, Sheet, Train
+from ldm.errors import LdmError
+
+DESCRIPTION = f"""Pictures from text by latent diffusion: ldm generate "a red apple". Version {__version__}."""
+
+_Parsed = (
+    Annotated[Generate, subcommand("generate")]
+    | Annotated[Img2Img, subcommand("img2img")]
+    | Annotated[Info, subcommand("info")]
+    | Annotated[Sheet, subcommand("sheet")]
+    | Annotated[Train, subcommand("train")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, 2 for what the caller can mend, 130 when interrupted."""
+    _mend_streams()
+    try:
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except LdmError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output left: leave too, without a word
+        sys.stdout = open(os.devnull, "w")  # for what is flushed at exit
+        return 141
+
+
+def _run(arguments: Sequence[str]) -> int:
+    if list(arguments) in (["--version"], ["-V"]):
+        print(f"ldm {__version__}")
+    else:
+        _dispatch(parse(arguments))
+    sys.stdout.flush()
+    return 0
+
+
+def _dispatch(command: Command) -> None:
+    """Each command imports what it needs."""
+    match command:
+        case Generate() | Img2Img():
+            from ldm.apps.generate import generate
+
+            generate(command)
+        case Info():
+            from ldm.apps.info import info
+
+            info(command.file, as_json=command.json)
+        case Sheet():
+            from ldm.apps.sheet import sheet
+
+            sheet(command)
+        case Train():
+            from ldm.training import run
+
+            run(command.recipe, command.output)
+        case other:
+            assert_never(other)
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Arguments -> the command's record. Raises `LdmError` for what is not understood, SystemExit(0) after --help."""
+    parsed: Callable[..., Any] = tyro.cli
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return parsed(
+                _Parsed,
+                prog="ldm",
+                description=DESCRIPTION,
+                args=list(arguments),
+                config=(OmitArgPrefixes, OmitSubcommandPrefixes, FlagCreatePairsOff),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise LdmError(_one_line(said.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """The parser draws a framed text of several parts: the first says what is wrong, another may suggest a flag."""
+    rows = [re.sub(r"^[│|]\s?|\s*[│|]$", "", row) for row in box.splitlines() if not row.startswith(("╭", "╰"))]
+    parts = [" ".join(part.split()) for part in re.split(r"^\s*[─-]{3,}\s*$", "\n".join(rows), flags=re.MULTILINE)]
+    if not box.startswith("╭"):  # where the terminal has no such characters, the title is a part of its own
+        del parts[0]
+    what = parts[0].partition(" Got errors:")[0].removeprefix("Error parsing ").rstrip(".")
+    what = re.sub(r"no type matching \{None\}\|(\w+) could be instantiated from \[(.*)\]", r"found \2, expected \1", what)
+    what = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"found \1, expected a whole number", what)
+    what = re.sub(r"could not convert string to float: (.*)", r"found \1, expected a number", what)
+    suggested = re.search(r"Perhaps you meant: .*?(--[\w-]+)", " ".join(parts))
+    available = next((part for part in parts if part.startswith("Available subcommands")), "")
+    hints = [f"did you mean {suggested[1]}?" if suggested else "", available, "see ldm --help"]
+    return "; ".join(part for part in [what, *hints] if part)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"ldm: {message}", file=sys.stderr)
+    return code
+
+
+def _mend_streams() -> None:
+    """Have streams to write to that refuse no character, also where the shell closed them."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # so that no file of ours becomes stdout
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -1,0 +1,155 @@
+"""`ldm generate` and `ldm img2img`: prompts in, PNG files out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+from ldm.apps.options import Generate, Img2Img, Model, Prompts, Sampling
+from ldm.apps.progress import Bar, Stopwatch, progress_bar
+from ldm.errors import LdmError
+from ldm.pipeline.files import check_output, output_path, read_file
+from ldm.pipeline.request import GenerateRequest
+
+if TYPE_CHECKING:
+    from ldm.pipeline.latent_diffusion import LatentDiffusion
+    from ldm.pipeline.sample import Picture
+
+MAX_PROMPT_FILE = 16 * 2**20
+MAX_PICTURE_FILE = 20 * 2**20
+
+
+def generate(command: Generate | Img2Img) -> None:
+    """Draw all pictures that the command asks for; each is on disk before the next prompt begins."""
+    watch = Stopwatch()
+    requests = requests_of(command)
+    check_output(command.output.output)
+    with progress_bar(sum(request.count for request in requests)) as bar:
+        model = load_model(command.model, watch)
+        if command.output.verbose:
+            for rule in model.origin.rules:
+                _note(f"model: {rule}")
+        model_hash = _hash_in_background(model.origin.path)
+        done = 0
+        for request in requests:
+            for picture in draw(model, request, bar, watch, done):
+                path = output_path(command.output.output, request.prompt, picture.request.seed or 0)
+                path = picture.save(path, model_hash=model_hash.result())
+                watch.mark("saving")
+                bar.say(_line(picture, path, command.output.json))
+            done += request.count
+    if command.output.verbose:
+        _note(f"time: {watch}")
+
+
+def requests_of(command: Generate | Img2Img) -> list[GenerateRequest]:
+    """A validated request for each prompt. Raises `LdmError` before anything slow has begun."""
+    fields = request_fields(command.sampling) | {"seed": command.prompts.seed, "count": command.prompts.count}
+    if isinstance(command, Img2Img):
+        fields |= {"image": read_file(command.image, MAX_PICTURE_FILE), "strength": command.strength}
+    return [GenerateRequest(prompt=prompt, **fields) for prompt in _prompts(command.prompts)]
+
+
+def request_fields(sampling: Sampling) -> dict[str, Any]:
+    """The fields of a request that these flags name."""
+    width, height = _size(sampling.size)
+    return {
+        "negative": sampling.negative,
+        "width": width,
+        "height": height,
+        "steps": sampling.steps,
+        "sampler": sampling.sampler,
+        "schedule": sampling.schedule or None,
+        "guidance": sampling.guidance,
+        "rescale": sampling.rescale,
+        "eta": sampling.eta,
+        "clip_skip": sampling.clip_skip,
+    }
+
+
+def load_model(model: Model, watch: Stopwatch) -> LatentDiffusion:
+    """Import torch and all that is ours, then load the model."""
+    import ldm.tasks
+    from ldm.pipeline.load import load
+
+    watch.mark("imports")
+    loaded = load(model.file, device=model.device, dtype=model.dtype)
+    watch.mark("loading")
+    return loaded
+
+
+def draw(model: LatentDiffusion, request: GenerateRequest, bar: Bar, watch: Stopwatch, done: int) -> Any:
+    """The request's pictures as they come, the bar moving with the steps; `done` pictures came before."""
+    from ldm.pipeline.sample import Progress
+    from ldm.tasks import run
+
+    for event in run(model, request):
+        if isinstance(event, Progress):
+            watch.mark("denoising" if event.done else "text")
+            pictures = done + event.first + event.count * event.done / event.steps
+            bar.at(f"{_shortened(request.prompt)}  step {event.done}/{event.steps}", pictures)
+            continue
+        watch.mark("decoding")
+        for note in event.notes:
+            _note(f"note: {note}")
+        yield event
+
+
+def _prompts(given: Prompts) -> list[str]:
+    prompts = list(given.prompts)
+    if given.prompt_file is not None:
+        try:
+            text = read_file(given.prompt_file, MAX_PROMPT_FILE).decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise LdmError(f"{given.prompt_file}: is not UTF-8 text, expected a prompt on each line") from None
+        prompts += [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise LdmError('prompt: found none, expected what to draw; try: ldm generate "a red apple"')
+    return prompts
+
+
+def _size(text: str) -> tuple[int | None, int | None]:
+    """ "128x96" -> (128, 96); "128" -> a square; "" -> the model's own."""
+    if not text:
+        return None, None
+    sides = text.lower().replace("×", "x").split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdigit() and len(side) < 10 for side in sides):
+        raise LdmError(f"size: found {json.dumps(text)}, expected WIDTHxHEIGHT, as 128x128")
+    return int(sides[0]), int(sides[-1])
+
+
+def _hash_in_background(path: Path | None) -> Future[str | None]:
+    """The SHA-256 of the model's file, computed while it draws; None if there is no file to read."""
+    future: Future[str | None] = Future()
+
+    def compute() -> None:
+        try:
+            with open(path or "", "rb") as file:
+                future.set_result(hashlib.file_digest(file, "sha256").hexdigest())
+        except OSError:
+            future.set_result(None)
+
+    Thread(target=compute, daemon=True).start()
+    return future
+
+
+def _line(picture: Picture, path: Path, as_json: bool) -> str:
+    request = picture.request
+    if not as_json:
+        return f"{path}  seed {request.seed}  {picture.seconds:.1f} s"
+    facts = {"path": str(path), "seed": request.seed, "seconds": round(picture.seconds, 3), "prompt": request.prompt}
+    return json.dumps(facts | {"width": request.width, "height": request.height, "notes": list(picture.notes)})
+
+
+def _note(text: str) -> None:
+    print(f"ldm: {text}", file=sys.stderr)
+
+
+def _shortened(prompt: str) -> str:
+    line = " ".join(prompt.split())
+    return line if len(line) <= 40 else line[:39] + "…"

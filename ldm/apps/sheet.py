@@ -1,0 +1,101 @@
+"""`ldm sheet`: a grid of one picture for each prompt, with one seed and no choosing."""
+
+from __future__ import annotations
+
+import io
+import json
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.apps.generate import draw, load_model, request_fields
+from ldm.apps.options import Sheet
+from ldm.apps.progress import Stopwatch, progress_bar
+from ldm.errors import LdmError
+from ldm.pipeline.files import check_output, names_file, read_file, write_new
+from ldm.pipeline.request import GenerateRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL import Image
+
+MARGIN = 4
+LABEL_LINES = 3
+MAX_PROMPTS = 400
+
+
+def sheet(command: Sheet) -> None:
+    """Draw the sheet and write it as PNG, its prompts in a text chunk. Raises `LdmError` for what cannot be."""
+    if command.columns < 1:
+        raise LdmError(f"columns: found {command.columns}, expected 1 or more")
+    if not names_file(command.output):
+        raise LdmError(f"{command.output}: expected a name that ends in .png")
+    check_output(command.output)
+    prompts = _prompts(command.prompts)
+    fields = request_fields(command.sampling) | {"seed": command.seed}
+    requests = [GenerateRequest(prompt=prompt, **fields) for prompt in prompts]
+    watch = Stopwatch()
+    with progress_bar(len(requests)) as bar:
+        model = load_model(command.model, watch)
+        pictures = [
+            picture.image
+            for done, request in enumerate(requests)
+            for picture in draw(model, request, bar, watch, done)
+        ]
+        grid = compose(pictures, command.columns, prompts if command.labels else None)
+        path = _save(grid, command, prompts)
+        bar.say(f"{path}  {len(pictures)} pictures, seed {command.seed}  {sum(watch.seconds.values()):.1f} s")
+
+
+def compose(
+    pictures: Sequence[Image.Image], columns: int, labels: Sequence[str] | None = None, margin: int = MARGIN
+) -> Image.Image:
+    """Pictures of one size -> a grid of them, row by row, on white; under each its label where there are labels."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    width, height = pictures[0].size
+    font = ImageFont.load_default(max(9, width // 12))
+    line = font.getbbox("Ag")[3] + 1
+    cell = height + (round(line * LABEL_LINES) + margin if labels else 0)
+    columns, rows = min(columns, len(pictures)), -(-len(pictures) // columns)
+    size = columns * (width + margin) + margin, rows * (cell + margin) + margin
+    grid = Image.new("RGB", tuple(map(round, size)), "white")
+    pen = ImageDraw.Draw(grid)
+    for index, picture in enumerate(pictures):
+        left, top = margin + index % columns * (width + margin), margin + index // columns * (cell + margin)
+        grid.paste(picture, (left, top))
+        if labels:
+            letters = max(8, int(width / font.getlength("e")))
+            text = textwrap.wrap(labels[index], letters, max_lines=LABEL_LINES, placeholder="…")
+            pen.multiline_text((left, top + height + 1), "\n".join(text), fill="black", font=font, spacing=1)
+    return grid
+
+
+def _prompts(path: Path | None) -> list[str]:
+    """The prompts of a JSON list of texts or of objects with a "prompt"."""
+    if path is None:
+        from ldm.data.heldout import read_prompts
+
+        found, name = read_prompts(), "the package's prompts"
+    else:
+        name = str(path)
+        try:
+            found = json.loads(read_file(path, 16 * 2**20))
+        except (ValueError, RecursionError):
+            raise LdmError(f"{name}: is not JSON, expected a list of prompts") from None
+    items = found if isinstance(found, list) else []
+    prompts = [item.get("prompt") if isinstance(item, dict) else item for item in items]
+    if not prompts or len(prompts) > MAX_PROMPTS or not all(isinstance(prompt, str) for prompt in prompts):
+        raise LdmError(f'{name}: expected a list of 1 to {MAX_PROMPTS} texts, or of objects with a "prompt"')
+    return prompts
+
+
+def _save(grid: Image.Image, command: Sheet, prompts: Sequence[str]) -> Path:
+    from PIL import PngImagePlugin
+
+    info = PngImagePlugin.PngInfo()
+    info.add_text("ldm-sheet", json.dumps({"seed": command.seed, "columns": command.columns, "prompts": list(prompts)}))
+    buffer = io.BytesIO()
+    grid.save(buffer, "PNG", pnginfo=info, optimize=True)
+    return write_new(command.output, buffer.getvalue())

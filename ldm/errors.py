@@ -1,0 +1,11 @@
+"""The one error class a user ever sees."""
+
+from __future__ import annotations
+
+
+class LdmError(Exception):
+    """Something the caller can mend.
+
+    The message is one line that names the file or field, what was found, what was expected and the
+    remedy. The command line prints it and exits with 2; the server answers 4xx with the same text.
+    """

@@ -1,0 +1,20 @@
+"""Sinusoidal embeddings of scalars."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def sinusoidal_embedding(values: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """Features of scalars (timesteps, noise levels, sizes) in the order Stable Diffusion uses: cosines, then sines.
+
+    values (B,) -> (B, width) float32. Vaswani et al. 2017, section 3.5; Ho et al. 2020, appendix B.
+    """
+    half = width // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=values.device) / half)
+    angles = values.float()[:, None] * frequencies[None]
+    features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return torch.nn.functional.pad(features, (0, width % 2))

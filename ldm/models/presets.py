@@ -1,0 +1,207 @@
+"""The known systems, each a function that returns a `SystemConfig`: all that is needed to build its networks.
+
+| system          | latent | text                               | prediction | native size |
+|-----------------|--------|------------------------------------|------------|-------------|
+| SD 1.x          | 4      | CLIP-L, last layer                 | eps        | 512         |
+| SD 2.x          | 4      | OpenCLIP ViT-H, last but one       | eps or v   | 512, 768    |
+| SDXL base       | 4      | CLIP-L and OpenCLIP bigG           | eps        | 1024        |
+| SDXL refiner    | 4      | OpenCLIP bigG                      | eps        | 1024        |
+| ours            | 4      | a small OpenCLIP tower             | v          | 128 or 256  |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.text_encoder import TextConfig
+from ldm.models.tokenizer import END
+from ldm.models.unet import UNetConfig
+
+Family = Literal["sd1", "sd2", "sdxl", "sdxl-refiner", "ldm"]
+PredictionType = Literal["eps", "v", "x0"]
+
+
+@dataclass(frozen=True)
+class TextUse:
+    """A text tower and what a system takes from it.
+
+    skip: layers left out at the end; final_norm: whether the states then pass the tower's last norm;
+    pooled: whether the end token's state becomes part of `Conditioning.vector`; padding: the padding token's id.
+    """
+
+    tower: TextConfig
+    skip: int = 0
+    final_norm: bool = True
+    pooled: bool = False
+    padding: int = 0
+
+
+@dataclass(frozen=True)
+class SystemConfig:
+    """One latent diffusion system.
+
+    text: its towers; their states are joined along the width.
+    schedule: a key of `ldm.diffusion.schedule.NOISE_SCHEDULES`; zero_terminal_snr: whether it is rescaled (Lin et al. 2023).
+    size: the side in pixels of the pictures it was trained on.
+    sizes_in_vector: how many size and crop numbers follow the pooled text in `Conditioning.vector` (SDXL 6, refiner 5).
+    """
+
+    family: Family
+    unet: UNetConfig
+    autoencoder: AutoencoderConfig
+    text: tuple[TextUse, ...]
+    prediction: PredictionType = "eps"
+    schedule: str = "scaled-linear"
+    zero_terminal_snr: bool = False
+    size: int = 512
+    sizes_in_vector: int = 0
+
+
+CLIP_L = TextConfig(width=768, layers=12, heads=12)
+OPENCLIP_H = TextConfig(1024, 24, 16, projection=1024, names="open_clip", activation="gelu")
+OPENCLIP_BIGG = TextConfig(1280, 32, 20, projection=1280, names="open_clip", activation="gelu")
+
+
+def sd1(in_channels: int = 4) -> SystemConfig:
+    """Stable Diffusion 1.x; 9 input channels for its inpainting model."""
+    return SystemConfig(
+        family="sd1",
+        unet=UNetConfig(in_channels=in_channels),
+        autoencoder=AutoencoderConfig(),
+        text=(TextUse(CLIP_L, padding=END),),
+    )
+
+
+def sd2(prediction: PredictionType = "eps", in_channels: int = 4) -> SystemConfig:
+    """Stable Diffusion 2.x: eps at 512 or v at 768; 9 input channels for inpainting, 5 for depth."""
+    return SystemConfig(
+        family="sd2",
+        unet=UNetConfig(
+            in_channels=in_channels, context_width=1024, heads=None, head_width=64, linear_projections=True
+        ),
+        autoencoder=AutoencoderConfig(),
+        text=(TextUse(OPENCLIP_H, skip=1),),
+        prediction=prediction,
+        size=768 if prediction == "v" else 512,
+    )
+
+
+def sd_x4_upscaler() -> SystemConfig:
+    """Stable Diffusion's x4 upscaler: 7 input channels (latent and low-resolution picture), noise level as label."""
+    return SystemConfig(
+        family="sd2",
+        unet=UNetConfig(
+            in_channels=7,
+            model_channels=256,
+            channel_mult=(1, 2, 2, 4),
+            attention=(0, 1, 1, 1),
+            context_width=1024,
+            heads=8,
+            linear_projections=True,
+            cross_only=(True, True, True, False),
+            classes=1000,
+        ),
+        autoencoder=AutoencoderConfig(channel_mult=(1, 2, 4), scale_factor=0.08333),
+        text=(TextUse(OPENCLIP_H, skip=1),),
+        prediction="v",
+        size=512,
+    )
+
+
+def sdxl(in_channels: int = 4) -> SystemConfig:
+    """SDXL base."""
+    return SystemConfig(
+        family="sdxl",
+        unet=UNetConfig(
+            in_channels=in_channels,
+            channel_mult=(1, 2, 4),
+            attention=(0, 2, 10),
+            middle_attention=10,
+            context_width=2048,
+            heads=None,
+            head_width=64,
+            linear_projections=True,
+            cross_only=(False, False, False),
+            vector_width=2816,
+        ),
+        autoencoder=AutoencoderConfig(scale_factor=0.13025),
+        text=(
+            TextUse(CLIP_L, skip=1, final_norm=False, padding=END),
+            TextUse(OPENCLIP_BIGG, skip=1, final_norm=False, pooled=True),
+        ),
+        size=1024,
+        sizes_in_vector=6,
+    )
+
+
+def sdxl_refiner() -> SystemConfig:
+    """SDXL refiner: the last, low-noise part of the way, with bigG alone and an aesthetic score."""
+    return SystemConfig(
+        family="sdxl-refiner",
+        unet=UNetConfig(
+            model_channels=384,
+            attention=(0, 4, 4, 0),
+            middle_attention=4,
+            context_width=1280,
+            heads=None,
+            head_width=64,
+            linear_projections=True,
+            vector_width=2560,
+        ),
+        autoencoder=AutoencoderConfig(scale_factor=0.13025),
+        text=(TextUse(OPENCLIP_BIGG, skip=1, final_norm=False, pooled=True),),
+        size=1024,
+        sizes_in_vector=5,
+    )
+
+
+def small(size: int = 128) -> SystemConfig:
+    """The model that ships with this package: about 46 M parameters, trained on drawn pictures."""
+    return SystemConfig(
+        family="ldm",
+        unet=UNetConfig(
+            model_channels=64,
+            channel_mult=(1, 2, 4, 4),
+            res_blocks=1,
+            attention=(0, 1, 1, 1),
+            context_width=192,
+            heads=None,
+            head_width=32,
+            linear_projections=True,
+        ),
+        autoencoder=AutoencoderConfig(base_channels=16, channel_mult=(1, 3, 5, 8), res_blocks=1, norm_groups=1),
+        text=(TextUse(SMALL_TEXT, skip=1),),
+        prediction="v",
+        size=size,
+    )
+
+
+SMALL_TEXT = TextConfig(192, 6, 6, projection=192, names="open_clip", activation="gelu")
+
+
+def tiny(config: SystemConfig, width: int = 32) -> SystemConfig:
+    """The same layout at a few thousand parameters, for tests and for trying things: every width is cut, no level is."""
+    towers = tuple(
+        replace(use, tower=replace(use.tower, width=width, layers=2, heads=2, projection=use.tower.projection and width))
+        for use in config.text
+    )
+    unet = config.unet
+    return replace(
+        config,
+        unet=replace(
+            unet,
+            model_channels=width,
+            channel_mult=tuple(1 + (m > 1) for m in unet.channel_mult),
+            attention=tuple(min(depth, 2) for depth in unet.attention),
+            middle_attention=min(unet.middle_attention, 2),
+            context_width=None if unet.context_width is None else width * len(towers),
+            heads=None if unet.heads is None else 2,
+            head_width=None if unet.head_width is None else width // 2,
+            vector_width=None if unet.vector_width is None else width + 256 * config.sizes_in_vector,
+        ),
+        autoencoder=replace(config.autoencoder, base_channels=width, res_blocks=1, channel_mult=(1, 1, 1, 1)[: len(config.autoencoder.channel_mult)]),
+        text=towers,
+        size=64,
+    )

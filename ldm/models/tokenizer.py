@@ -1,0 +1,102 @@
+"""CLIP's byte-pair tokenizer, offline: the table of merges ships inside the open_clip package.
+
+Sennrich et al. 2016 (byte pairs); Radford et al. 2021, section 2.4. open_clip itself is not imported, since its package
+import takes seconds; its ids are the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import html
+import importlib.util
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import regex
+
+from ldm.errors import LdmError
+
+START, END = 49406, 49407
+LENGTH = 77
+_MARKS = ("<start_of_text>", "<end_of_text>")
+_MERGES = 49152 - 256 - 2
+_PIECES = regex.compile(
+    r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE
+)
+"""What the text is cut into: the two marks, endings of contractions, words, single digits, runs of anything else."""
+
+
+def tokenize(text: str, length: int = LENGTH, padding: int = 0) -> list[int]:
+    """Text -> exactly `length` ids: start, the words, end, then `padding`. Longer texts are cut before the end.
+
+    padding is 0 for OpenCLIP towers and `END` for CLIP-L (SD 1.x).
+    """
+    ids = [START, *word_ids(text)[: length - 2], END]
+    return ids + [padding] * (length - len(ids))
+
+
+def word_ids(text: str) -> list[int]:
+    """Text -> ids without start, end and padding, as many as it takes."""
+    return [id_ for piece in _PIECES.findall(_clean(text)) for id_ in _piece_ids(piece)]
+
+
+def _clean(text: str) -> str:
+    """Mend Unicode and HTML entities, join white space, lower the case, as CLIP's training texts were."""
+    if not (text.isascii() and text.isprintable()) or "&" in text:  # nothing to mend in the rest: spare the import
+        import ftfy
+
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+@functools.lru_cache(maxsize=65_536)
+def _piece_ids(piece: str) -> tuple[int, ...]:
+    """One piece -> ids: its bytes, neighbours merged for as long as a pair is in the table, its earliest pair first."""
+    ids, ranks, alphabet = _tables()
+    if piece in _MARKS:
+        return (ids[piece],)
+    symbols = [alphabet[byte] for byte in piece.encode()]
+    symbols[-1] += "</w>"
+    while len(symbols) > 1:
+        pair = min(pairwise(symbols), key=lambda candidate: ranks.get(candidate, math.inf))
+        if pair not in ranks:
+            break
+        symbols = _merge(symbols, pair)
+    return tuple(ids[symbol] for symbol in symbols)
+
+
+def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
+    """Join every occurrence of the pair, from the left."""
+    merged: list[str] = []
+    rest = iter(range(len(symbols)))
+    for i in rest:
+        if tuple(symbols[i : i + 2]) == pair:
+            merged.append(pair[0] + pair[1])
+            next(rest)
+        else:
+            merged.append(symbols[i])
+    return merged
+
+
+@functools.cache
+def _tables() -> tuple[dict[str, int], dict[tuple[str, str], int], dict[int, str]]:
+    """The id of every symbol, the rank of every pair that merges, the character that stands for every byte."""
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None or spec.origin is None:
+        raise LdmError("the tokenizer's table was not found: install open_clip_torch (pip install open_clip_torch)")
+    table = Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
+    lines = gzip.decompress(table.read_bytes()).decode().split("\n")[1 : _MERGES + 1]
+    pairs = [(first, second) for first, second in map(str.split, lines)]
+    alphabet = _byte_alphabet()
+    symbols = [*alphabet.values(), *(c + "</w>" for c in alphabet.values()), *(first + second for first, second in pairs)]
+    ids = {symbol: index for index, symbol in enumerate([*symbols, *_MARKS])}
+    return ids, {pair: rank for rank, pair in enumerate(pairs)}, alphabet
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """A printable character for every byte (GPT-2's table): itself where it is printable; those come first."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

@@ -1,0 +1,195 @@
+"""The denoising network: a U-Net over latents, told the noise level and, by cross-attention, the text.
+
+Ho et al. 2020 (the U-Net), Dhariwal & Nichol 2021 (its widths), Rombach et al. 2022 (cross-attention),
+Podell et al. 2023 (transformer depth per level, vector conditioning). Tensor names as in LDM.
+Shapes: B batch, C channels, h and w latent height and width, N text tokens, D text width, E embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ldm.layers.attention import AttentionBlock
+from ldm.layers.convolution import Downsample, ResBlock, Upsample
+from ldm.layers.embeddings import sinusoidal_embedding
+from ldm.layers.transformer import SpatialTransformer
+from ldm.types import Conditioning
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Widths of a U-Net, a value per level where there are levels; the finest level comes first.
+
+    in_channels:       latent channels plus those of `Conditioning.concat`
+    attention:         transformer blocks after each residual block of the level; 0 is none
+    middle_attention:  the same in the middle
+    context_width:     width of the text states; None gives self-attention only (no text)
+    heads, head_width: one of them; the other follows from the level's width
+    linear_projections: SD 2.x and SDXL project by linear layers, SD 1.x by 1x1 convolutions
+    cross_only:        levels whose first attention also looks at the text (x4 upscaler)
+    vector_width:      width of `Conditioning.vector`, projected and added to the time embedding
+    classes:           number of labels where `Conditioning.vector` holds int64 labels instead
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    model_channels: int = 320
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    res_blocks: int = 2
+    attention: tuple[int, ...] = (1, 1, 1, 0)
+    middle_attention: int = 1
+    context_width: int | None = 768
+    heads: int | None = 8
+    head_width: int | None = None
+    linear_projections: bool = False
+    cross_only: tuple[bool, ...] = (False, False, False, False)
+    vector_width: int | None = None
+    classes: int | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        levels = len(self.channel_mult)
+        if len(self.attention) != levels or len(self.cross_only) != levels:
+            raise ValueError(f"attention and cross_only need {levels} values, one per level of channel_mult")
+        if (self.heads is None) == (self.head_width is None):
+            raise ValueError("give exactly one of heads and head_width")
+        if self.vector_width is not None and self.classes is not None:
+            raise ValueError("give at most one of vector_width and classes")
+
+    def heads_for(self, channels: int) -> int:
+        """Attention heads at a level that is `channels` wide."""
+        if self.heads is not None:
+            return self.heads
+        assert self.head_width is not None
+        return channels // self.head_width
+
+
+Attention = SpatialTransformer | AttentionBlock
+
+
+class Stage(nn.ModuleList):
+    """What stands between two skips: a residual block, its attention, a change of size. Numbered as on disk."""
+
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None, size: tuple[int, int] | None) -> Tensor:
+        """x (B, C, h, w), embedding (B, E), context (B, N, D), size of an upsampling's result -> (B, C', h', w')."""
+        for part in self:
+            match part:
+                case ResBlock():
+                    x = part(x, embedding)
+                case SpatialTransformer():
+                    x = part(x, context)
+                case Upsample():
+                    x = part(x, size)
+                case _:
+                    x = part(x)
+        return x
+
+
+class UNet(nn.Module):
+    """Noisy latent, timestep and conditioning to a prediction (noise, velocity or image, as it was trained)."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        base = config.model_channels
+        width = 4 * base
+        self.time_embed = nn.Sequential(nn.Linear(base, width), nn.SiLU(), nn.Linear(width, width))
+        self.label_emb = self._label_embedding(width)
+        self.input_blocks, skips = self._down(width)
+        deepest = base * config.channel_mult[-1]
+        first, last = (ResBlock(deepest, deepest, width, config.dropout) for _ in range(2))
+        attention = self._attention(deepest, config.middle_attention, cross_only=False)
+        self.middle_block = Stage([first, *attention, last])
+        self.output_blocks = self._up(width, skips)
+        self.out = nn.Sequential(
+            nn.GroupNorm(32, base), nn.SiLU(), nn.Conv2d(base, config.out_channels, 3, padding=1)
+        )
+
+    def _label_embedding(self, width: int) -> nn.Module | None:
+        """What turns `Conditioning.vector` into a summand of the time embedding, where the network takes one."""
+        config = self.config
+        if config.classes is not None:
+            return nn.Embedding(config.classes, width)
+        if config.vector_width is not None:
+            project = nn.Sequential(nn.Linear(config.vector_width, width), nn.SiLU(), nn.Linear(width, width))
+            return nn.Sequential(project)
+        return None
+
+    def _attention(self, channels: int, depth: int, cross_only: bool) -> list[Attention]:
+        """The attention after a residual block: none, over itself, or also over the text."""
+        config = self.config
+        if depth == 0:
+            return []
+        heads = config.heads_for(channels)
+        if config.context_width is None:
+            return [AttentionBlock(channels, heads)]
+        linear = config.linear_projections
+        return [SpatialTransformer(channels, config.context_width, heads, depth, linear=linear, cross_only=cross_only)]
+
+    def _down(self, width: int) -> tuple[nn.ModuleList, list[int]]:
+        """The contracting half, and the width of every skip it leaves."""
+        config = self.config
+        channels = config.model_channels
+        stages, skips = [Stage([nn.Conv2d(config.in_channels, channels, 3, padding=1)])], [channels]
+        for level, mult in enumerate(config.channel_mult):
+            for _ in range(config.res_blocks):
+                out = config.model_channels * mult
+                attention = self._attention(out, config.attention[level], config.cross_only[level])
+                stages.append(Stage([ResBlock(channels, out, width, config.dropout), *attention]))
+                skips.append(channels := out)
+            if level < len(config.channel_mult) - 1:
+                stages.append(Stage([Downsample(channels)]))
+                skips.append(channels)
+        return nn.ModuleList(stages), skips
+
+    def _up(self, width: int, skips: list[int]) -> nn.ModuleList:
+        """The expanding half: every stage first takes the newest skip."""
+        config = self.config
+        skips = list(skips)
+        channels, stages = skips[-1], []
+        for level, mult in reversed(list(enumerate(config.channel_mult))):
+            for block in range(config.res_blocks + 1):
+                out = config.model_channels * mult
+                stage: list[nn.Module] = [ResBlock(channels + skips.pop(), out, width, config.dropout)]
+                stage += self._attention(out, config.attention[level], config.cross_only[level])
+                if level > 0 and block == config.res_blocks:
+                    stage.append(Upsample(out))
+                stages.append(Stage(stage))
+                channels = out
+        return nn.ModuleList(stages)
+
+    def embed(self, timestep: Tensor, vector: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """timestep (B,), vector (B, D) or labels (B,) -> the embedding that every residual block is given, (B, E)."""
+        embedding = self.time_embed(sinusoidal_embedding(timestep, self.config.model_channels).to(dtype))
+        if self.label_emb is not None:
+            if vector is None:
+                raise ValueError("this U-Net needs Conditioning.vector")
+            embedding = embedding + self.label_emb(vector)
+        return embedding
+
+    def forward(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        """x (B, C, h, w), timestep (B,), cond -> (B, out_channels, h, w). Any height and width.
+
+        Raises ValueError where `cond` lacks the text states or the vector that this network was built for.
+        """
+        if cond.cross is None and self.config.context_width is not None:
+            raise ValueError("this U-Net needs Conditioning.cross")
+        embedding = self.embed(timestep, cond.vector, x.dtype)
+        hidden = x if cond.concat is None else torch.cat([x, cond.concat], dim=1)
+        skips: list[Tensor] = []
+        for stage in self.input_blocks:
+            hidden = stage(hidden, embedding, cond.cross, None)
+            skips.append(hidden)
+        hidden = self.middle_block(hidden, embedding, cond.cross, None)
+        if cond.control:
+            *levels, middle = cond.control
+            hidden = hidden + middle
+            skips = [skip + residual for skip, residual in zip(skips, levels, strict=True)]
+        for stage in self.output_blocks:
+            hidden = torch.cat([hidden, skips.pop()], dim=1)
+            height, width = skips[-1].shape[-2:] if skips else hidden.shape[-2:]
+            hidden = stage(hidden, embedding, cond.cross, (height, width))
+        return self.out(hidden)

@@ -1,0 +1,87 @@
+"""On which device a model runs, and in which dtype each of its parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ldm.errors import LdmError
+from ldm.models.presets import Family
+from ldm.weights.io import printable
+
+DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtype of each part."""
+
+    unet: torch.dtype
+    text: torch.dtype
+    autoencoder: torch.dtype
+
+    def __str__(self) -> str:
+        names = (str(dtype).removeprefix("torch.") for dtype in (self.unet, self.text, self.autoencoder))
+        return "U-Net {}, text {}, autoencoder {}".format(*names)
+
+
+def choose_device(name: str | torch.device = "auto") -> torch.device:
+    """The device that is meant. Raises LdmError where this machine has no such device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise LdmError(f"device {printable(str(name))}: not known; expected auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if found == 0:
+            raise LdmError(f"device {name}: no CUDA GPU was found; use --device cpu")
+        if (device.index or 0) >= found:
+            raise LdmError(f"device {name}: this machine has {found} CUDA GPUs; use cuda:0 to cuda:{found - 1}")
+    elif device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise LdmError("device mps: this machine has none; use --device cpu")
+    elif device.type != "cpu":
+        raise LdmError(f"device {name}: not supported; expected auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def check_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | None:
+    """The dtype that is named, None for "auto". Raises LdmError for one that is not known or that the device lacks."""
+    if dtype == "auto":
+        return None
+    wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if wanted not in DTYPES.values():
+        raise LdmError(f"dtype {printable(str(dtype))}: not known; expected auto, float32, bfloat16 or float16")
+    if wanted is torch.float16 and device.type == "cpu":
+        raise LdmError("dtype float16: not supported on a CPU; use bfloat16 or float32")
+    return wanted
+
+
+def choose_precision(dtype: str | torch.dtype, device: torch.device, family: Family) -> Precision:
+    """The dtype of every part for a named one, or for "auto": float16 on a GPU; on a CPU bfloat16 where it multiplies
+    that natively, else float32.
+
+    The name is the U-Net's. On a CPU text towers and autoencoder stay in float32: they take a small share of the time.
+    On a GPU they follow the U-Net, but for SDXL's autoencoder, which overflows in float16 and gets bfloat16 or float32.
+    """
+    wanted = check_dtype(dtype, device)
+    if device.type == "cpu":
+        return Precision(wanted or _native_cpu_dtype(), torch.float32, torch.float32)
+    wanted = wanted or torch.float16
+    if wanted is torch.float16 and family in ("sdxl", "sdxl-refiner"):
+        wide = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return Precision(wanted, wanted, torch.bfloat16 if wide else torch.float32)
+    return Precision(wanted, wanted, wanted)
+
+
+def _native_cpu_dtype() -> torch.dtype:
+    """bfloat16 where the CPU has instructions for it, else float32."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    native = any(getattr(torch.cpu, check, bool)() for check in checks)
+    return torch.bfloat16 if native else torch.float32

@@ -1,0 +1,114 @@
+"""Pictures as files, as PIL images and as tensors.
+
+Tensors are (3, H, W) float32 in [-1, 1]. Colours are taken as sRGB: an embedded colour profile is not applied.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageOps
+
+from ldm.errors import LdmError
+from ldm.pipeline.files import read_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_BYTES = 20 * 2**20
+MAX_PIXELS = 16 * 2**20
+_FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+def read_picture(data: bytes) -> Image.Image:
+    """A PNG, JPEG or WebP file's bytes -> an upright RGB image; of an animation the first frame.
+
+    The format is told by the content. EXIF orientation is applied, transparency laid over white. Raises `LdmError`
+    for anything else, for a truncated file, and above 20 MiB or 16 Mpx.
+    """
+    if not data:
+        raise LdmError("image: found an empty file, expected a PNG, JPEG or WebP picture")
+    if len(data) > MAX_BYTES:
+        raise LdmError(f"image: found {len(data) / 2**20:.0f} MiB, expected at most 20 MiB; make the file smaller")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise LdmError(f"image: found {_what(data)}, expected a PNG, JPEG or WebP picture") from None
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise LdmError(f"image: found {width}x{height}, expected at most 16 million pixels; scale it down")
+    try:
+        image.load()
+        return _flat(ImageOps.exif_transpose(image))
+    except (OSError, ValueError, SyntaxError, EOFError):
+        raise LdmError("image: found a truncated or damaged picture; get the file again") from None
+
+
+def picture_bytes(image: bytes | str | Path | Image.Image) -> bytes:
+    """A file's bytes as they are, a path's content, or a PIL image as PNG.
+
+    Raises `LdmError` for a path that cannot be read.
+    """
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, Image.Image):
+        buffer = io.BytesIO()
+        _flat(image).save(buffer, "PNG")
+        return buffer.getvalue()
+    return read_file(Path(image), MAX_BYTES)
+
+
+def fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Scale to cover width x height and cut what stands out, equally on both sides; nothing is distorted."""
+    return ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
+
+
+def shape_like(size: tuple[int, int], side: int, multiple: int = 8) -> tuple[int, int]:
+    """The (width, height) with the aspect of `size` and about side^2 pixels, multiples of 8 from 64 to 2048."""
+    scale = side / (size[0] * size[1]) ** 0.5
+    width, height = (min(2048, max(64, multiple * round(edge * scale / multiple))) for edge in size)
+    return width, height
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image -> (3, H, W) float32 in [-1, 1]."""
+    import numpy as np
+    import torch
+
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32))
+    return pixels.permute(2, 0, 1) / 127.5 - 1
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """(3, H, W) -> an RGB image; values beyond [-1, 1] are cut. The tensor must be finite."""
+    levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    """Any mode -> RGB. 16-bit grey is scaled down (Pillow alone would cut it), transparency is laid over white."""
+    if image.mode.startswith("I"):
+        return image.point(lambda level: level / 257).convert("L").convert("RGB")
+    if image.has_transparency_data:
+        above = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", above.size, "white"), above).convert("RGB")
+    return image.convert("RGB")
+
+
+def _what(data: bytes) -> str:
+    """What a file that is no picture seems to be."""
+    start = data[:256].lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "a web page"
+    if start.startswith((b"<svg", b"<?xml")):
+        return "an SVG or XML file"
+    if start.startswith(b"%pdf"):
+        return "a PDF"
+    if data.startswith((b"\x89PNG", b"\xff\xd8\xff", b"RIFF")):
+        return "a truncated or damaged picture"
+    return "another kind of file"

@@ -1,0 +1,157 @@
+"""The assembled system: a U-Net, an autoencoder, its text towers, and what is known about them.
+
+Shapes: B batch, N tokens, D text width, z latent channels, h and w latent height and width, f downsampling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.schedule import NOISE_SCHEDULES, NoiseSchedule, zero_terminal_snr
+from ldm.errors import LdmError
+from ldm.layers.embeddings import sinusoidal_embedding
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.presets import SystemConfig
+from ldm.models.text_encoder import TextTower
+from ldm.models.tokenizer import tokenize, word_ids
+from ldm.models.unet import UNet
+from ldm.pipeline.request import GenerateRequest
+from ldm.types import Conditioning
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ldm.pipeline.sample import Picture
+
+SIZE_FEATURES = 256
+"""Sinusoidal features of each size, crop and score number (SDXL)."""
+
+AESTHETIC_SCORES = {"positive": 6.0, "negative": 2.5}
+"""What the SDXL refiner is told about the picture wanted, and about the one not wanted (Podell et al. 2023)."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a system came from: the file (None: made in memory), a line for each thing found out about it, and what a
+    user should be told unasked."""
+
+    path: Path | None = None
+    rules: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str | None:
+        """The file's name without its ending."""
+        return None if self.path is None else self.path.stem
+
+
+@dataclass(frozen=True, eq=False)
+class LatentDiffusion:
+    """A latent diffusion model, ready to draw. It holds no state between calls, so threads may share it.
+
+    text: a tower for each entry of `config.text`; dtype: of the U-Net, and of the others unless they need a wider one.
+    """
+
+    config: SystemConfig
+    unet: UNet
+    autoencoder: AutoencoderKL
+    text: tuple[TextTower, ...]
+    device: torch.device
+    dtype: torch.dtype
+    origin: Origin = Origin()
+
+    @cached_property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule that the U-Net was trained with."""
+        schedule = NOISE_SCHEDULES[self.config.schedule]()
+        return zero_terminal_snr(schedule) if self.config.zero_terminal_snr else schedule
+
+    def denoiser(self) -> Denoiser:
+        """The U-Net as a function (x, sigma, cond) -> estimate of the clean latent."""
+        return Denoiser(self.unet, self.schedule, self.config.prediction)
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """(z, h, w) of a picture of width x height."""
+        f = self.config.autoencoder.downsampling
+        return self.config.autoencoder.latent_channels, height // f, width // f
+
+    @torch.inference_mode()
+    def encode_prompt(
+        self,
+        prompt: str,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        clip_skip: int | None = None,
+        side: Literal["positive", "negative"] = "positive",
+        zeros: bool = False,
+    ) -> Conditioning:
+        """A prompt -> `Conditioning` of batch 1: text states (1, N, D) and, where the U-Net takes one, a vector.
+
+        width, height: of the picture, for models that are told its size; None: the model's own
+        clip_skip:     the text layer that is looked at, counted from the last one, 1; None: as the model was trained
+        side:          whether this is wanted or not, for the SDXL refiner, which is told a score
+        zeros:         zeros in place of all that the towers say
+
+        Raises `LdmError` when a tower has no such layer or says something that is not finite.
+        """
+        states, pooled = [], []
+        for tower, use in zip(self.text, self.config.text, strict=True):
+            skip = use.skip if clip_skip is None else clip_skip - 1
+            if skip >= use.tower.layers:
+                raise LdmError(f"clip_skip: found {clip_skip}, expected 1 to {use.tower.layers}, this model's layers")
+            ids = torch.tensor([tokenize(prompt, use.tower.tokens, use.padding)], device=self.device)
+            encoded = tower(ids, skip, use.final_norm, use.pooled)
+            states.append(encoded.states)
+            if encoded.pooled is not None:
+                pooled.append(encoded.pooled)
+        cross = torch.cat(states, dim=-1)
+        if not torch.isfinite(cross).all():
+            raise LdmError("text encoder: its states are not finite; the file is damaged, or try --dtype float32")
+        vector = torch.cat(pooled, dim=-1) if pooled else None
+        if zeros:
+            cross, vector = torch.zeros_like(cross), None if vector is None else torch.zeros_like(vector)
+        if vector is not None and self.config.sizes_in_vector:
+            features = self._size_features(width or self.config.size, height or self.config.size, side)
+            vector = torch.cat([vector, features.to(vector)], dim=-1)
+        return Conditioning(cross=cross, vector=vector)
+
+    def _size_features(self, width: int, height: int, side: Literal["positive", "negative"]) -> Tensor:
+        """Original size, crop corner and target size, or for the refiner a score in place of the last, (1, 256 n).
+
+        Podell et al. 2023, section 2.2. The picture is said to be uncropped and to have its own size.
+        """
+        numbers = [height, width, 0, 0, *([height, width] if self.config.sizes_in_vector == 6 else [])]
+        if self.config.sizes_in_vector == 5:
+            numbers.append(AESTHETIC_SCORES[side])
+        return sinusoidal_embedding(torch.tensor(numbers, device=self.device), SIZE_FEATURES).reshape(1, -1)
+
+    def words_cut(self, prompt: str) -> int:
+        """How many of the prompt's tokens do not fit into the text towers and are left out."""
+        room = min((use.tower.tokens for use in self.config.text), default=0) - 2  # start and end
+        return max(0, len(word_ids(prompt)) - room) if self.config.text else 0
+
+    def generate(self, request: str | GenerateRequest, **fields: Any) -> list[Picture]:
+        """Draw pictures: a prompt and fields of `GenerateRequest`, or a request and changes to it.
+
+        Raises `LdmError` for a request that cannot be, or a result that is not finite.
+        """
+        from ldm.tasks import draw
+
+        return draw(self, request, fields)
+
+    def image_to_image(
+        self, request: str | GenerateRequest, image: bytes | Path | Image.Image, **fields: Any
+    ) -> list[Picture]:
+        """`generate` from a picture: a file's bytes, its path, or a PIL image."""
+        from ldm.pipeline.images import picture_bytes
+        from ldm.tasks import draw
+
+        return draw(self, request, fields | {"image": picture_bytes(image)})

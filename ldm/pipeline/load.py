@@ -1,0 +1,218 @@
+"""From a file to a ready model: find out what it is, build its networks, give them the file's tensors.
+
+Networks are built on `meta` and take the mapped tensors over, each cast on its own where the dtype differs: no weight
+is initialised to be overwritten, and memory holds one copy.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.schedule import NOISE_SCHEDULES
+from ldm.errors import LdmError
+from ldm.models.presets import Family, PredictionType, SystemConfig
+from ldm.models.unet import UNet
+from ldm.pipeline.device import Precision, check_dtype, choose_device, choose_precision
+from ldm.pipeline.latent_diffusion import LatentDiffusion, Origin
+from ldm.types import Conditioning
+from ldm.weights.detect import Detection, detect
+from ldm.weights.io import Header, printable, read_header, read_tensors
+from ldm.weights.layout import FIRST_STAGE, UNET, Comparison, Networks, build, compare
+from ldm.weights.save import save_networks
+
+if TYPE_CHECKING:
+    from ldm.models.text_encoder import CLIPText, OpenCLIPText
+
+MODEL_VARIABLE = "LDM_MODEL"
+"""The environment variable with the path of the model to load where none is named."""
+
+SHIPPED = Path(__file__).parents[2] / "checkpoints" / "ldm-small.safetensors"
+"""The model that comes with the repository, beside the package."""
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    prediction: PredictionType | Literal["probe"] | None = None,
+) -> LatentDiffusion:
+    """A model from one .safetensors file: ours, SD 1.x, SD 2.x or SDXL, told apart by what is in it.
+
+    path:       None: the file that `LDM_MODEL` names, else the model that ships with this package
+    device:     "auto" (a CUDA GPU, else the CPU), "cpu", "cuda", "cuda:1", "mps"
+    dtype:      "auto", "float32", "bfloat16" or "float16"; see `choose_precision`
+    prediction: overrides what the file says of itself; "probe" runs an SD 2.x U-Net once to find out
+
+    Weights that need no cast stay mapped: they are read when they are first used, so leave the file as it is meanwhile
+    (replacing it by renaming is safe). Raises LdmError, in one line, for everything wrong with the file or the choices.
+    """
+    place = choose_device(device)
+    check_dtype(dtype, place)
+    header = read_header(shipped_model() if path is None else path)
+    detection = detect(header, None if prediction == "probe" else prediction)
+    config = detection.config
+    if config.schedule not in NOISE_SCHEDULES:
+        raise _error(
+            header, f"its noise schedule {config.schedule!r} is not known; expected {', '.join(NOISE_SCHEDULES)}"
+        )
+    networks = _build(header, config)
+    comparison = compare(header.tensors, networks)
+    if not comparison.fits:
+        raise _error(header, _misfit(comparison, config.family))
+    precision = choose_precision(dtype, place, config.family)
+    _fill(networks, header, place, precision)
+    if prediction == "probe":
+        config = replace(config, prediction=_probe(networks.unet, header))
+        detection = replace(detection, config=config, prediction_rule="one step of its U-Net")
+    return LatentDiffusion(
+        config=config,
+        unet=networks.unet,
+        autoencoder=networks.autoencoder,
+        text=networks.text,
+        device=place,
+        dtype=precision.unet,
+        origin=Origin(
+            path=header.path,
+            rules=(*describe(detection), f"device: {place} ({precision})"),
+            warnings=warnings_of(detection, comparison),
+        ),
+    )
+
+
+def shipped_model() -> Path:
+    """The path of the model to load where none is named. Raises LdmError where it is not there."""
+    if named := os.environ.get(MODEL_VARIABLE):
+        if not Path(named).exists():
+            raise LdmError(
+                f"{printable(named)}: no such file; it is named by the environment variable {MODEL_VARIABLE}"
+            )
+        return Path(named)
+    if not SHIPPED.exists():
+        raise LdmError(
+            f"{printable(str(SHIPPED))}: the model that ships with this package is missing; get it from the repository "
+            f"(checkpoints/), or name another by --model or the environment variable {MODEL_VARIABLE}"
+        )
+    return SHIPPED
+
+
+def save_checkpoint(
+    model: LatentDiffusion,
+    path: str | Path,
+    *,
+    title: str | None = None,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+    extra: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a model as one .safetensors file that `load` and other programs read; see `save_networks`."""
+    towers = cast("tuple[OpenCLIPText | CLIPText, ...]", model.text)
+    networks = Networks(model.config, model.unet, model.autoencoder, towers)
+    save_networks(path, networks, title=title, dtype=dtype, metadata=metadata, extra=extra)
+
+
+def random_system(config: SystemConfig, seed: int = 0, *, dtype: torch.dtype = torch.float32) -> LatentDiffusion:
+    """A system on the CPU with small random weights, none of them zero: for tests, and for trying things.
+
+    The same config and seed give the same weights, whatever else has been drawn.
+    """
+    networks = build(config)
+    generator = torch.Generator().manual_seed(seed)
+    for network in networks.by_prefix().values():
+        state = {name: _random(name, t.shape, generator).to(dtype) for name, t in network.state_dict().items()}
+        network.load_state_dict(state, strict=True, assign=True)
+        network.eval().requires_grad_(False)
+    return LatentDiffusion(
+        config, networks.unet, networks.autoencoder, networks.text, torch.device("cpu"), dtype, Origin()
+    )
+
+
+def describe(detection: Detection) -> tuple[str, ...]:
+    """What was found out about a file and by which rules, a line each."""
+    config = detection.config
+    return (
+        f"family: {config.family}, {detection.variant} ({detection.family_rule})",
+        f"prediction: {config.prediction} ({detection.prediction_rule})",
+        *detection.notes,
+    )
+
+
+def warnings_of(detection: Detection, comparison: Comparison) -> tuple[str, ...]:
+    """What a user should be told unasked about a file that loads."""
+    if not comparison.unknown:
+        return detection.warnings
+    names = f"{len(comparison.unknown)} tensors belong to no network and were left out: {_some(comparison.unknown)}"
+    return (*detection.warnings, names)
+
+
+def _build(header: Header, config: SystemConfig) -> Networks:
+    try:
+        return build(config)
+    except LdmError as error:
+        raise _error(header, str(error)) from None
+
+
+def _fill(networks: Networks, header: Header, device: torch.device, precision: Precision) -> None:
+    """Give every network its tensors, which are known to fit."""
+    for prefix, network in networks.by_prefix().items():
+        dtype = {UNET: precision.unet, FIRST_STAGE: precision.autoencoder}.get(prefix, precision.text)
+        names = [prefix + name for name in network.state_dict()]
+        state = {
+            name.removeprefix(prefix): tensor.to(device=device, dtype=dtype)
+            for name, tensor in read_tensors(header, names)
+        }
+        network.load_state_dict(state, strict=True, assign=True)
+        network.eval().requires_grad_(False)
+
+
+def _misfit(comparison: Comparison, family: Family) -> str:
+    """What is wrong between file and networks: counts, and ten names at most."""
+    kinds = (
+        ("missing", comparison.missing),
+        ("unexpected", comparison.unexpected),
+        ("of another shape or type", comparison.misshapen),
+    )
+    shown = max(1, 10 // sum(bool(names) for _, names in kinds))
+    lists = [f"{len(names)} {kind}: {_some(names, shown)}" for kind, names in kinds if names]
+    return f"its tensors do not fit the networks of {family}; {'; '.join(lists)}"
+
+
+def _some(names: tuple[str, ...], shown: int = 10) -> str:
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
+
+
+@torch.inference_mode()
+def _probe(unet: UNet, header: Header) -> PredictionType:
+    """Whether an SD 2.x U-Net predicts eps or v, by what it makes of a constant at the last timestep.
+
+    Almost all of its input is noise there: an eps model gives it back, a v model what is far below (the test that
+    AUTOMATIC1111's web UI makes, with its threshold).
+    """
+    config = unet.config
+    if config.in_channels != 4 or config.context_width is None or config.vector_width or config.classes:
+        raise _error(header, "its prediction type cannot be probed; only that of SD 2.x text-to-image models can")
+    parameter = next(unet.parameters())
+    x = torch.full((1, 4, 8, 8), 0.5, device=parameter.device, dtype=parameter.dtype)
+    cross = torch.full((1, 2, config.context_width), 0.5, device=parameter.device, dtype=parameter.dtype)
+    answer = unet(x, torch.tensor([999], device=parameter.device), Conditioning(cross=cross))
+    return "v" if float((answer - x).float().mean()) < -1 else "eps"
+
+
+def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """One random weight: norms near 1, biases near 0, matrices that keep the size of what goes through them."""
+    noise = torch.randn(shape, generator=generator)
+    if len(shape) > 1:
+        return noise * (shape.numel() / shape[0]) ** -0.5
+    return 1 + 0.1 * noise if name.endswith("weight") else 0.1 * noise
+
+
+def _error(header: Header, message: str) -> LdmError:
+    return LdmError(f"{printable(str(header.path))}: {message}")

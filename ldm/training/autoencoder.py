@@ -1,0 +1,109 @@
+"""The objective of the first stage: reconstruct pictures through a small, smooth latent.
+
+Rombach et al. 2022, appendix G (reconstruction and a small KL). Two additions make the latent easier to diffuse:
+decoding a halved or mirrored latent must give the halved or mirrored picture (Kouzelis et al. 2025, EQ-VAE).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.training.sheets import save_sheet
+
+Transform = Literal["none", "halve", "mirror"]
+
+
+@dataclass(frozen=True)
+class AutoencoderLoss:
+    """Weights of the parts: gradients (edges), hues, coarse colours, and KL per latent entry."""
+
+    edges: float = 1.0
+    hues: float = 1.0
+    coarse: float = 1.0
+    kl: float = 5e-4
+
+
+class AutoencoderObjective(nn.Module):
+    """L1 on pixels, on differences between neighbours and between colours, and on 8 x 8 means; plus KL.
+
+    The hues are weighted since brightness alone explains most of the pixels, and is learned alone for long.
+    """
+
+    def __init__(
+        self, autoencoder: AutoencoderKL, pictures: np.ndarray, held_out: np.ndarray, crop: int, loss: AutoencoderLoss
+    ) -> None:
+        """pictures, held_out: uint8 (N, size, size, 3), may be memory maps; crop: side of the training crops."""
+        super().__init__()
+        self.autoencoder = autoencoder.to(memory_format=torch.channels_last)
+        self.pictures, self.held_out, self.crop, self.weights = pictures, held_out, crop, loss
+
+    def batch(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random crops (B, 3, crop, crop) in [-1, 1], the latent's noise, and which transform to ask for."""
+        size, crop = self.pictures.shape[1], self.crop
+        index = torch.randint(len(self.pictures), (count,), generator=generator).tolist()
+        corner = torch.randint(size - crop + 1, (count, 2), generator=generator).tolist()
+        crops = [self.pictures[i, y : y + crop, x : x + crop] for i, (y, x) in zip(index, corner, strict=True)]
+        images = to_unit(np.stack(crops))
+        side = crop // self.autoencoder.config.downsampling
+        noise = torch.randn(count, self.autoencoder.config.latent_channels, side, side, generator=generator)
+        choice = torch.rand((), generator=generator)
+        return {"images": images, "noise": noise, "halve": choice < 0.25, "mirror": choice > 0.75}
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """-> loss, and its parts."""
+        transform: Transform = "halve" if batch["halve"] else "mirror" if batch["mirror"] else "none"
+        return self.losses(batch["images"].contiguous(memory_format=torch.channels_last), batch["noise"], transform)
+
+    def losses(self, images: Tensor, noise: Tensor, transform: Transform) -> dict[str, Tensor]:
+        """The loss for pictures (B, 3, H, W), given the noise that samples their latents."""
+        posterior = self.autoencoder.posterior(images)
+        latents = posterior.mean + torch.exp(0.5 * posterior.log_variance) * noise
+        decoded = self.autoencoder.reconstruct(_transformed(latents, transform)).float()
+        target = _transformed(images, transform)
+        pixels = (decoded - target).abs().mean()
+        edges = (_differences(decoded) - _differences(target)).abs().mean()
+        coarse = (F.avg_pool2d(decoded, 8) - F.avg_pool2d(target, 8)).abs().mean()
+        hues = (decoded.diff(dim=1) - target.diff(dim=1)).abs().mean()
+        kl = posterior.kl().mean() / noise[0].numel()
+        weights = self.weights
+        loss = pixels + weights.edges * edges + weights.hues * hues + weights.coarse * coarse + weights.kl * kl
+        return {"loss": loss, "pixels": pixels, "edges": edges, "hues": hues, "coarse": coarse, "kl": kl}
+
+    def evaluate(self, folder: Path, step: int) -> dict[str, float]:
+        """PSNR in dB over held-out pictures, and a sheet of them above their reconstructions."""
+        images = to_unit(self.held_out[:64])
+        decoded = torch.cat(
+            [self.autoencoder.reconstruct(self.autoencoder.posterior(x).mode()) for x in images.split(16)]
+        )
+        error = ((decoded.clamp(-1, 1) - images) / 2).square().flatten(1).mean(dim=1)
+        rows = [picture for i in range(0, 16, 8) for picture in (*images[i : i + 8], *decoded[i : i + 8])]
+        save_sheet(torch.stack(rows), folder / f"reconstruction-{step:06d}.png", columns=8)
+        return {"psnr": float((-10 * error.log10()).mean())}
+
+
+def to_unit(pictures: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def _transformed(x: Tensor, transform: Transform) -> Tensor:
+    match transform:
+        case "none":
+            return x
+        case "halve":
+            return F.avg_pool2d(x, 2)
+        case "mirror":
+            return x.flip(-1)
+
+
+def _differences(x: Tensor) -> Tensor:
+    """Differences between neighbouring pixels, to the right and downwards, on the common grid."""
+    return torch.cat([x[..., :-1, 1:] - x[..., :-1, :-1], x[..., 1:, :-1] - x[..., :-1, :-1]], dim=1)

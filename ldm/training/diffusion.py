@@ -1,0 +1,116 @@
+"""The objective of the denoising network: see a noised latent and its caption, say what the noise was.
+
+Ho et al. 2020, eq. 14; Salimans & Ho 2022 (v); Hang et al. 2023 (min-SNR); Ho & Salimans 2022 (dropped captions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.loss import min_snr_weight
+from ldm.diffusion.prediction import PredictionType, training_target
+from ldm.diffusion.schedule import NoiseSchedule
+from ldm.models.unet import UNet
+from ldm.types import Conditioning
+
+Preview = Callable[[UNet, Path], None]
+
+
+class LatentPictures:
+    """What the network is trained on, encoded once: latents (N, C, h, w) and text states of every caption.
+
+    first[i] .. first[i + 1] are the rows of `states` (captions, tokens, width) that describe picture i.
+    """
+
+    def __init__(
+        self, latents: np.ndarray, mirrored: np.ndarray, states: np.ndarray, first: np.ndarray, empty: np.ndarray
+    ) -> None:
+        """mirrored: latents of the mirrored pictures, NaN in the first entry where a picture must not be mirrored."""
+        self.latents, self.mirrored, self.states, self.first, self.empty = latents, mirrored, states, first, empty
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+class DiffusionObjective(nn.Module):
+    """Weighted squared error of the network's own prediction, through the same Denoiser that samplers use."""
+
+    def __init__(
+        self,
+        unet: UNet,
+        schedule: NoiseSchedule,
+        prediction: PredictionType,
+        data: LatentPictures,
+        held_out: Sequence[int],
+        *,
+        share: np.ndarray | None = None,
+        drop: float = 0.1,
+        gamma: float = 5.0,
+        preview: Preview | None = None,
+    ) -> None:
+        """share: how likely each picture is drawn; drop: how likely its caption is left out; held_out: never drawn."""
+        super().__init__()
+        self.unet = unet.to(memory_format=torch.channels_last)
+        self.schedule, self.prediction, self.data = schedule, prediction, data
+        self.denoiser = Denoiser(unet, schedule, prediction)
+        share = np.ones(len(data)) if share is None else share.copy()
+        share[list(held_out)] = 0.0
+        self.cumulative = torch.from_numpy(np.cumsum(share / share.sum()))
+        self.held_out, self.drop, self.gamma, self.preview = list(held_out), drop, gamma, preview
+
+    def batch(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """latents and noise (B, C, h, w), timestep (B,), text states (B, N, D)."""
+        chosen = torch.searchsorted(self.cumulative, torch.rand(count, generator=generator).double())
+        return self._rows(chosen.clamp(max=len(self.data) - 1).tolist(), generator, self.drop)
+
+    def _rows(self, chosen: Sequence[int], generator: torch.Generator, drop: float) -> dict[str, Tensor]:
+        data = self.data
+        draw = torch.rand(len(chosen), 3, generator=generator).tolist()
+        latents, states = [], []
+        for i, (mirror, caption, leave_out) in zip(chosen, draw, strict=True):
+            flip = mirror < 0.5 and not np.isnan(data.mirrored[i, 0, 0, 0])
+            latents.append(data.mirrored[i] if flip else data.latents[i])
+            first, last = data.first[i], data.first[i + 1]
+            row = first + int(caption * (last - first))
+            states.append(data.empty if leave_out < drop else data.states[row])
+        x0 = torch.from_numpy(np.stack(latents)).float()
+        return {
+            "latents": x0,
+            "noise": torch.randn(x0.shape, generator=generator),
+            "timestep": self.schedule.sample_timesteps(len(chosen), generator),
+            "states": torch.from_numpy(np.stack(states)).float(),
+        }
+
+    def compile(self) -> None:
+        """Compile the network alone: the maths around it runs in float64 on the CPU."""
+        self.unet.compile()
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """-> loss."""
+        return {"loss": self.loss(batch).mean()}
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The weighted error of each row, (B,)."""
+        x0, noise = batch["latents"], batch["noise"]
+        sigma = self.schedule.sigma(batch["timestep"]).to(x0)
+        x = x0 + sigma[:, None, None, None] * noise
+        output, _ = self.denoiser.output(x, sigma, Conditioning(cross=batch["states"]))
+        target = training_target(self.prediction, x0, noise, sigma)
+        error = (output.float() - target).square().flatten(1).mean(dim=1)
+        return error * min_snr_weight(sigma, self.prediction, self.gamma)
+
+    def evaluate(self, folder: Path, step: int) -> dict[str, float]:
+        """The loss on held-out pictures with noise that is the same every time, and whatever `preview` draws."""
+        generator = torch.Generator().manual_seed(1)
+        losses = [
+            self.loss(self._rows(self.held_out[a : a + 64], generator, 0.0)) for a in range(0, len(self.held_out), 64)
+        ]
+        if self.preview is not None:
+            self.preview(self.unet, folder / f"samples-{step:06d}.png")
+        return {"held_out": float(torch.cat(losses).mean())}

@@ -1,0 +1,106 @@
+"""What the diffusion stage is trained on, worked out once: latents of all pictures, text states of all captions.
+
+FOLDER/latents.npy   float16 (N, z, h, w)      FOLDER/mirrored.npy  the same of the mirrored pictures
+FOLDER/states.npy    float16 (M, 77, D)        FOLDER/first.npy     int64 (N + 1,), captions of picture i
+FOLDER/empty.npy     float16 (77, D)           autoencoder.safetensors, text.safetensors: what made them
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.data.records import Record, may_flip
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.presets import TextUse
+from ldm.models.text_encoder import TextTower
+from ldm.models.tokenizer import tokenize
+from ldm.training.autoencoder import to_unit
+from ldm.training.diffusion import LatentPictures
+
+log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def centre_latents(autoencoder: AutoencoderKL, pictures: np.ndarray) -> None:
+    """Give every latent channel mean 0 and deviation 1 over `pictures`, uint8 (N, H, W, 3), by changing the weights.
+
+    The 1x1 convolutions on both sides of the latent take an affine map exactly, so nothing else has to know of it
+    and the scale factor is 1.
+    """
+    means = torch.cat([autoencoder.posterior(to_unit(part)).mean for part in _parts(pictures, 64)])
+    mean, deviation = means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3))
+    z = len(mean)
+    inner, outer = autoencoder.quant_conv, autoencoder.post_quant_conv
+    assert inner.bias is not None and outer.bias is not None
+    inner.weight[:z] /= deviation[:, None, None, None]
+    inner.bias[:z] = (inner.bias[:z] - mean) / deviation
+    inner.bias[z:] -= 2 * deviation.log()
+    outer.bias += outer.weight[:, :, 0, 0] @ mean
+    outer.weight *= deviation[None, :, None, None]
+
+
+@torch.no_grad()
+def encode_pictures(
+    autoencoder: AutoencoderKL, pictures: np.ndarray, records: Sequence[Record], folder: Path, batch: int = 64
+) -> None:
+    """Write latents.npy and mirrored.npy; the latter is NaN where a picture must not be mirrored."""
+    folder.mkdir(parents=True, exist_ok=True)
+    side = pictures.shape[1] // autoencoder.config.downsampling
+    shape = (len(pictures), autoencoder.config.latent_channels, side, side)
+    latents = np.lib.format.open_memmap(folder / "latents.npy", mode="w+", dtype=np.float16, shape=shape)
+    mirrored = np.lib.format.open_memmap(folder / "mirrored.npy", mode="w+", dtype=np.float16, shape=shape)
+    flips = np.array([may_flip(record) for record in records])
+    for start in range(0, len(pictures), batch):
+        rows = slice(start, start + batch)
+        images = to_unit(pictures[rows])
+        latents[rows] = _encode(autoencoder, images)
+        mirrored[rows] = np.nan
+        here = np.flatnonzero(flips[rows])
+        if len(here):
+            mirrored[start + here] = _encode(autoencoder, images[here].flip(-1))
+        if start % (batch * 50) == 0:
+            log.info("encoded %d of %d pictures", start, len(pictures))
+
+
+def _encode(autoencoder: AutoencoderKL, images: Tensor) -> np.ndarray:
+    images = images.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(images.device.type, torch.bfloat16):
+        return autoencoder.encode(images).float().numpy().astype(np.float16)
+
+
+@torch.no_grad()
+def encode_captions(tower: TextTower, use: TextUse, records: Sequence[Record], folder: Path, batch: int = 256) -> None:
+    """Write states.npy, first.npy and empty.npy."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [text for record in records for text in record["texts"]]
+    first = np.cumsum([0, *(len(record["texts"]) for record in records)])
+    shape = (len(texts), use.tower.tokens, use.tower.width)
+    states = np.lib.format.open_memmap(folder / "states.npy", mode="w+", dtype=np.float16, shape=shape)
+    for start in range(0, len(texts), batch):
+        states[start : start + batch] = _states(tower, use, texts[start : start + batch])
+        if start % (batch * 100) == 0:
+            log.info("encoded %d of %d captions", start, len(texts))
+    np.save(folder / "first.npy", first)
+    np.save(folder / "empty.npy", _states(tower, use, [""])[0])
+
+
+def _states(tower: TextTower, use: TextUse, texts: Sequence[str]) -> np.ndarray:
+    ids = torch.tensor([tokenize(text, use.tower.tokens, use.padding) for text in texts])
+    with torch.autocast("cpu", torch.bfloat16):
+        return tower(ids, use.skip, use.final_norm).states.float().numpy().astype(np.float16)
+
+
+def open_latents(folder: Path) -> LatentPictures:
+    """What `encode_pictures` and `encode_captions` wrote, mapped into memory."""
+    latents, mirrored, first, empty = (np.load(folder / f"{n}.npy") for n in ("latents", "mirrored", "first", "empty"))
+    return LatentPictures(latents, mirrored, np.load(folder / "states.npy", mmap_mode="r"), first, empty)
+
+
+def _parts(pictures: np.ndarray, size: int) -> list[np.ndarray]:
+    return [pictures[a : a + size] for a in range(0, len(pictures), size)]

@@ -1,0 +1,238 @@
+"""The training loop. It knows no objective, no data set and no network: only steps.
+
+Step k draws everything random from a generator seeded by (seed, k), so a run that was stopped and resumed takes the
+very same steps as one that was not, and nothing about data position needs saving.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ldm.errors import LdmError
+from ldm.training.ema import EMA
+from ldm.training.state import RunState, check_facts, flatten_optimizer, load_state, restore_optimizer, save_state
+
+log = logging.getLogger(__name__)
+Batch = dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """What is trained, as an `nn.Module` that holds the trained networks.
+
+    `batch` makes one batch on the CPU, all its randomness drawn from the generator; calling the module with it
+    returns scalars by name, of which "loss" is minimised. `evaluate` is called now and then with the averaged
+    weights in place; it may write pictures into the folder, and returns figures.
+    """
+
+    def batch(self, count: int, generator: torch.Generator) -> Batch:
+        """One batch on the CPU."""
+        ...
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """The batch's scalars, "loss" among them."""
+        ...
+
+    def evaluate(self, folder: Path, step: int) -> dict[str, float]:
+        """Figures to log."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long and how fast. Rates are AdamW's (Loshchilov & Hutter 2019).
+
+    schedule: after `warmup` steps "constant" keeps the rate and lets it fall to nought over the last `cooldown` steps;
+    "cosine" lets it fall all the way. The last step of a run is `steps`; a finished run may be given more.
+    """
+
+    steps: int
+    batch: int
+    rate: float
+    warmup: int = 200
+    schedule: Literal["constant", "cosine"] = "constant"
+    cooldown: int = 0
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = 1.0
+    ema: float = 0.999
+    accumulate: int = 1
+    precision: Literal["no", "fp16", "bf16"] = "bf16"
+    compile: bool = False
+    seed: int = 0
+    save_every: int = 1000
+    evaluate_every: int = 1000
+    log_every: int = 50
+
+
+FREE_TO_CHANGE = {"steps", "cooldown", "rate", "save_every", "evaluate_every", "log_every", "compile", "precision"}
+"""Fields of LoopConfig that a resumed run may have changed."""
+BAD_STEPS_ALLOWED = 10
+
+
+def learning_rate(config: LoopConfig, step: int) -> float:
+    """The rate at a step, 0-based."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    if config.schedule == "cosine":
+        progress = min(1.0, step / max(1, config.steps))
+        return config.rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
+    left = (config.steps - step) / config.cooldown if config.cooldown else 1.0
+    return config.rate * warm * max(0.0, min(1.0, left))
+
+
+def step_generator(seed: int, step: int, micro: int = 0, rank: int = 0) -> torch.Generator:
+    """The source of all randomness of one micro-batch."""
+    return torch.Generator().manual_seed((((seed * 1_000_003 + step) * 1009 + micro) * 10_007 + rank) % 2**63)
+
+
+def train(objective: torch.nn.Module, config: LoopConfig, output: Path) -> EMA:
+    """Run or resume training in the folder `output`; returns the averaged weights.
+
+    Stops early, saved, on SIGINT or SIGTERM. A step whose loss or gradient is not finite is skipped and counted; ten
+    in a row raise LdmError, the last save untouched. Raises LdmError where `output` holds a run of another kind.
+    """
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        gradient_accumulation_steps=config.accumulate,
+        cpu=not torch.cuda.is_available(),
+    )
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=config.rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
+    objective.to(accelerator.device)
+    if config.compile:
+        objective.compile()
+    ema = EMA(objective, config.ema)
+    facts = {key: value for key, value in asdict(config).items() if key not in FREE_TO_CHANGE}
+    start = _resume(output, facts, objective, ema, optimizer)
+    model, optimizer = accelerator.prepare(objective, optimizer)
+    output.mkdir(parents=True, exist_ok=True)
+
+    def save(step: int) -> None:
+        if accelerator.is_main_process:
+            tensors = {
+                "weights": {n: p for n, p in objective.named_parameters() if p.requires_grad},
+                "ema": ema.state_dict(),
+                "optimizer": flatten_optimizer(optimizer),
+            }
+            save_state(output, RunState(step, facts, tensors))
+
+    bad, clock, seen = 0, time.perf_counter(), 0
+    with _stop_signal() as stop:
+        for step in range(start, config.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            figures = _step(objective, model, optimizer, accelerator, config, step)
+            finite = math.isfinite(figures["loss"]) and math.isfinite(figures["gradient"])
+            bad = 0 if finite else bad + 1
+            if bad == BAD_STEPS_ALLOWED:
+                raise LdmError(f"step {step}: the loss was not finite {bad} times in a row; lower the rate and resume")
+            if finite:
+                ema.update(objective, step)
+            seen += config.batch * config.accumulate * accelerator.num_processes
+            done = step + 1
+            if done % config.log_every == 0:
+                now = time.perf_counter()
+                text = " ".join(f"{name} {value:.4f}" for name, value in figures.items())
+                log.info("step %d/%d  %s  %.1f/s", done, config.steps, text, seen / (now - clock))
+                clock, seen = now, 0
+            if done % config.save_every == 0 or done == config.steps or stop():
+                save(done)
+            if done % config.evaluate_every == 0 or done == config.steps:
+                _evaluate(objective, ema, output, done)
+            if stop():
+                log.info("stopped at step %d, saved in %s", done, output)
+                break
+    return ema
+
+
+def _resume(
+    output: Path, facts: dict[str, object], objective: torch.nn.Module, ema: EMA, optimizer: torch.optim.Optimizer
+) -> int:
+    """Put back the newest save, if there is one; returns the number of steps already done."""
+    state = load_state(output)
+    if state is None:
+        return 0
+    check_facts(output, state.facts, facts)
+    parameters = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+    if parameters.keys() != state.tensors["weights"].keys():
+        raise LdmError(f"{output}: holds a run of another network; give another --output")
+    with torch.no_grad():
+        for name, value in state.tensors["weights"].items():
+            parameters[name].copy_(value)
+    ema.load_state_dict(state.tensors["ema"])
+    restore_optimizer(optimizer, state.tensors["optimizer"])
+    log.info("resuming %s at step %d", output, state.step)
+    return state.step
+
+
+def _step(
+    objective: torch.nn.Module,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    config: LoopConfig,
+    step: int,
+) -> dict[str, float]:
+    """One optimizer step over `accumulate` micro-batches; the weights stay as they are if it is not finite."""
+    totals: dict[str, float] = {}
+    norm = torch.tensor(0.0)
+    for micro in range(config.accumulate):
+        generator = step_generator(config.seed, step, micro, accelerator.process_index)
+        batch = {k: v.to(accelerator.device) for k, v in objective.batch(config.batch, generator).items()}
+        with accelerator.accumulate(model):
+            scalars = model(batch)
+            accelerator.backward(scalars["loss"])
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(model.parameters(), config.clip)
+                if not math.isfinite(float(norm)):
+                    optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, value in scalars.items():
+            totals[name] = totals.get(name, 0.0) + float(value.detach()) / config.accumulate
+    return totals | {"gradient": float(norm)}
+
+
+def _evaluate(objective: torch.nn.Module, ema: EMA, output: Path, step: int) -> None:
+    """Let the objective look at itself with the averaged weights."""
+    ema.swap(objective)
+    objective.eval()
+    try:
+        with torch.no_grad():
+            figures = objective.evaluate(output, step)
+    finally:
+        objective.train()
+        ema.swap(objective)
+    log.info("step %d  %s", step, " ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+
+
+@contextmanager
+def _stop_signal() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a wish that the loop asks for; the second acts as ever."""
+    wished = False
+
+    def wish(number: int, frame: FrameType | None) -> None:
+        nonlocal wished
+        wished = True
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: wished
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,161 @@
+"""How the model that ships was made: named stages, each a record, run in this order by `ldm train NAME`.
+
+    small-autoencoder   pictures -> first stage
+    small-clip          pictures and captions -> text tower and image tower
+    small-latents       both, over all pictures and captions, once
+    small-unet          the denoising network
+    small-assemble      one checkpoint of all of them
+
+The same stages with "gpu-" in front learn at 256 x 256 and in large batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ldm.errors import LdmError
+from ldm.training.loop import LoopConfig
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where a recipe reads and writes.
+
+    pictures: folder of a packed set (`ldm.data.packed`); runs: folder with one folder per stage below it;
+    size: side of the pictures in pixels.
+    """
+
+    pictures: Path
+    runs: Path
+    size: int = 128
+
+    def stage(self, name: str) -> Path:
+        """The folder of a stage of this recipe's family."""
+        return self.runs / name
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A stage: what it does in a line, what to run, and for how long where it is a training loop."""
+
+    summary: str
+    run: Callable[[Workspace, LoopConfig | None], None]
+    loop: LoopConfig | None = None
+    size: int = 128
+
+
+def run(name: str, output: Path | None = None, *, pictures: Path = Path("runs/data"), steps: int | None = None) -> None:
+    """Run the recipe called `name`, or resume it; stages write below `output`, "runs/small" where none is given.
+
+    Raises LdmError for an unknown name, for missing inputs, and for `steps` where the stage has none.
+    """
+    if name not in RECIPES:
+        raise LdmError(f"recipe: found {name!r}, expected one of {', '.join(RECIPES)}")
+    recipe = RECIPES[name]
+    if steps is not None and recipe.loop is None:
+        raise LdmError(f"steps: {name} is no training loop; leave it out")
+    loop = recipe.loop if recipe.loop is None or steps is None else replace(recipe.loop, steps=steps)
+    family = name.rsplit("-", 1)[0]
+    recipe.run(Workspace(pictures, output or Path("runs") / family, recipe.size), loop)
+
+
+def _stages() -> dict[str, Recipe]:
+    from ldm.training import stages
+
+    def family(name: str, size: int, loops: dict[str, LoopConfig]) -> dict[str, Recipe]:
+        functions = {
+            "autoencoder": ("first stage: pictures to latents and back", stages.train_autoencoder),
+            "clip": ("text tower and image tower, contrastively", stages.train_clip),
+            "latents": ("encode all pictures and captions once", stages.encode_all),
+            "unet": ("the denoising network", stages.train_unet),
+            "assemble": ("write one checkpoint", stages.assemble),
+        }
+        return {
+            f"{name}-{stage}": Recipe(summary, function, loops.get(stage), size)
+            for stage, (summary, function) in functions.items()
+        }
+
+    return family("small", 128, SMALL) | family("gpu", 256, GPU)
+
+
+SMALL = {
+    "autoencoder": LoopConfig(
+        steps=3000,
+        batch=32,
+        rate=2e-3,
+        warmup=100,
+        ema=0.998,
+        weight_decay=0.0,
+        compile=True,
+        save_every=500,
+        evaluate_every=500,
+    ),
+    "clip": LoopConfig(
+        steps=600,
+        batch=256,
+        rate=1e-3,
+        warmup=60,
+        schedule="cosine",
+        ema=0.99,
+        weight_decay=0.1,
+        betas=(0.9, 0.98),
+        save_every=100,
+        evaluate_every=100,
+        log_every=10,
+    ),
+    "unet": LoopConfig(
+        steps=20_000,
+        batch=64,
+        rate=1e-3,
+        warmup=300,
+        cooldown=1500,
+        ema=0.9995,
+        compile=True,
+        save_every=500,
+        evaluate_every=500,
+    ),
+}
+"""For two CPU cores: about half an hour, ten minutes, and as long as there is."""
+
+GPU = {
+    "autoencoder": LoopConfig(
+        steps=20_000,
+        batch=128,
+        rate=1e-3,
+        warmup=500,
+        cooldown=4000,
+        ema=0.999,
+        weight_decay=0.0,
+        compile=True,
+        save_every=2000,
+        evaluate_every=2000,
+    ),
+    "clip": LoopConfig(
+        steps=6_000,
+        batch=1024,
+        rate=1e-3,
+        warmup=300,
+        schedule="cosine",
+        ema=0.995,
+        weight_decay=0.1,
+        betas=(0.9, 0.98),
+        save_every=1000,
+        evaluate_every=500,
+    ),
+    "unet": LoopConfig(
+        steps=60_000,
+        batch=256,
+        rate=1e-3,
+        warmup=1000,
+        cooldown=10_000,
+        ema=0.9998,
+        compile=True,
+        save_every=2000,
+        evaluate_every=2000,
+    ),
+}
+"""For one data-centre GPU: minutes for the first two, half an hour and more for the network."""
+
+RECIPES = _stages()

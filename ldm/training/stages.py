@@ -1,0 +1,165 @@
+"""The stages that `ldm.training.recipes` names, one function each: (workspace, loop) -> None."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ldm.data.heldout import read_prompts
+from ldm.data.packed import open_packed
+from ldm.data.records import KIND_SHARES, Record, may_flip
+from ldm.errors import LdmError
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.presets import SystemConfig, small
+from ldm.models.text_encoder import OpenCLIPText, text_tower
+from ldm.models.tokenizer import tokenize
+from ldm.models.unet import UNet
+from ldm.pipeline.latent_diffusion import LatentDiffusion
+from ldm.pipeline.load import save_checkpoint
+from ldm.training.autoencoder import AutoencoderLoss, AutoencoderObjective
+from ldm.training.clip import CLIPObjective, small_clip
+from ldm.training.diffusion import DiffusionObjective
+from ldm.training.latents import centre_latents, encode_captions, encode_pictures, open_latents
+from ldm.training.loop import LoopConfig, train
+from ldm.training.recipes import Workspace
+from ldm.training.sheets import save_sheet
+
+log = logging.getLogger(__name__)
+
+HELD_OUT_EVERY = 70
+"""Every 70th picture of the packed set is never trained on: it is what the losses are watched on."""
+PREVIEW_EVERY = 2
+"""Every second prompt of the published sheet is drawn while the network trains, so 32 pictures."""
+
+
+def train_autoencoder(work: Workspace, loop: LoopConfig | None) -> None:
+    """Learn on crops, a quarter of a picture each; keep the averaged weights, their latents centred."""
+    assert loop is not None
+    pictures, _ = open_packed(work.pictures, work.size)
+    torch.manual_seed(loop.seed)
+    autoencoder = AutoencoderKL(small().autoencoder)
+    held_out = pictures[::HELD_OUT_EVERY]
+    objective = AutoencoderObjective(autoencoder, pictures, held_out, work.size // 2, AutoencoderLoss())
+    train(objective, loop, work.stage("autoencoder")).swap(objective)
+    centre_latents(autoencoder.eval().cpu(), pictures[::29])
+    _save(autoencoder, work.stage("autoencoder") / "autoencoder.safetensors")
+
+
+def train_clip(work: Workspace, loop: LoopConfig | None) -> None:
+    """Learn both towers; keep their averaged weights."""
+    assert loop is not None
+    pictures, records = open_packed(work.pictures, work.size)
+    use = small().text[0]
+    ids = [np.array([tokenize(text, use.tower.tokens, use.padding) for text in r["texts"]]) for r in records]
+    flips = np.array([may_flip(record) for record in records])
+    held_out = np.arange(0, len(records), HELD_OUT_EVERY)
+    kept = np.setdiff1d(np.arange(len(records)), held_out)
+    torch.manual_seed(loop.seed)
+    model = small_clip(use.tower)
+    objective = CLIPObjective(model, pictures, ids, flips, kept, held_out)
+    train(objective, loop, work.stage("clip")).swap(objective)
+    _save(model, work.stage("clip") / "clip.safetensors")
+
+
+def encode_all(work: Workspace, loop: None) -> None:
+    """Encode what the network is trained on, once."""
+    pictures, records = open_packed(work.pictures, work.size)
+    config = small(work.size)
+    folder = work.stage("latents")
+    encode_pictures(_autoencoder(work, config), pictures, records, folder)
+    encode_captions(_text(work, config), config.text[0], records, folder)
+
+
+def train_unet(work: Workspace, loop: LoopConfig | None) -> None:
+    """Learn the network on the encoded pictures, drawn by the shares of their kinds."""
+    assert loop is not None
+    _, records = open_packed(work.pictures, work.size)
+    data = open_latents(work.stage("latents"))
+    if len(data) != len(records):
+        raise LdmError(f"{work.stage('latents')}: {len(data)} latents for {len(records)} pictures; encode them again")
+    model = _system(work)
+    objective = DiffusionObjective(
+        model.unet,
+        model.schedule,
+        model.config.prediction,
+        data,
+        range(0, len(records), HELD_OUT_EVERY),
+        share=_shares(records),
+        preview=lambda unet, path: _preview(replace(model, unet=unet), path),
+    )
+    train(objective, loop, work.stage("unet")).swap(objective)
+    _save(model.unet, work.stage("unet") / "unet.safetensors")
+
+
+def assemble(work: Workspace, loop: None) -> None:
+    """Write one checkpoint, float16, in the Stable Diffusion layout, the image tower included."""
+    model = _system(work)
+    model.unet.load_state_dict(load_file(_needed(work.stage("unet") / "unet.safetensors")))
+    clip = load_file(_needed(work.stage("clip") / "clip.safetensors"))
+    extra = {f"cond_stage_model.model.{k}": v for k, v in clip.items() if k.startswith("visual.") or k == "logit_scale"}
+    save_checkpoint(model, work.runs / "ldm-small.safetensors", dtype=torch.float16, extra=extra)
+
+
+def _shares(records: list[Record]) -> np.ndarray:
+    """The probability of each picture: its kind's share of training, over the pictures of that kind."""
+    counts = Counter(record["kind"] for record in records)
+    return np.array([KIND_SHARES[record["kind"]] / counts[record["kind"]] for record in records])
+
+
+def _preview(model: LatentDiffusion, path: Path) -> None:
+    """Draw half of the published prompts, first seed only, on the device where the U-Net is."""
+    device = next(model.unet.parameters()).device
+    model = replace(
+        model,
+        device=device,
+        autoencoder=model.autoencoder.to(device),
+        text=tuple(tower.to(device) for tower in model.text),
+    )
+    pictures = [model.generate(p["prompt"], seed=0, steps=15)[0] for p in read_prompts()[::PREVIEW_EVERY]]
+    images = [torch.from_numpy(np.array(p.image)).permute(2, 0, 1) / 127.5 - 1 for p in pictures]
+    save_sheet(torch.stack(images), path, columns=8)
+
+
+def _system(work: Workspace) -> LatentDiffusion:
+    """The system with its trained first stage and text tower, and a U-Net that is yet to be trained."""
+    config = small(work.size)
+    torch.manual_seed(0)
+    return LatentDiffusion(
+        config,
+        UNet(config.unet),
+        _autoencoder(work, config),
+        (_text(work, config),),
+        torch.device("cpu"),
+        torch.float32,
+    )
+
+
+def _autoencoder(work: Workspace, config: SystemConfig) -> AutoencoderKL:
+    autoencoder = AutoencoderKL(config.autoencoder)
+    autoencoder.load_state_dict(load_file(_needed(work.stage("autoencoder") / "autoencoder.safetensors")))
+    return autoencoder.to(memory_format=torch.channels_last).eval()
+
+
+def _text(work: Workspace, config: SystemConfig) -> OpenCLIPText:
+    tower = text_tower(config.text[0].tower)
+    saved = load_file(_needed(work.stage("clip") / "clip.safetensors"))
+    tower.load_state_dict({name: saved[name] for name in tower.state_dict()})
+    return tower.eval()
+
+
+def _needed(path: Path) -> Path:
+    if not path.is_file():
+        raise LdmError(f"{path}: not found; run the stage that makes it first (see ldm.training.recipes)")
+    return path
+
+
+def _save(module: nn.Module, path: Path) -> None:
+    tensors: dict[str, Tensor] = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    save_file(tensors, path)

@@ -1,0 +1,109 @@
+"""A `SystemConfig` as JSON and back: what makes the files that we write self-describing.
+
+Reading is strict, since a file may come from anywhere: only known fields, only values of the declared type. No field
+names code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ldm.errors import LdmError
+from ldm.models.presets import SystemConfig
+from ldm.models.unet import UNetConfig
+
+CONFIG_KEY = "ldm.config"
+"""The metadata key that holds the JSON."""
+
+Record = TypeVar("Record")
+
+
+def config_to_json(config: SystemConfig) -> str:
+    """One line of JSON with every field."""
+    return json.dumps(asdict(config))
+
+
+def config_from_json(text: str) -> SystemConfig:
+    """The inverse. Fields that are absent take their defaults. Raises LdmError that names the field."""
+    try:
+        config = _record(SystemConfig, json.loads(text), CONFIG_KEY)
+        _check(config)
+    except (ValueError, RecursionError) as error:
+        raise LdmError(
+            f"metadata {CONFIG_KEY} is broken: {error}; load the file with the version that wrote it"
+        ) from None
+    return config
+
+
+def _record(kind: type[Record], value: Any, where: str) -> Record:
+    """A JSON object -> a frozen dataclass. Raises ValueError."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be an object")
+    assert is_dataclass(kind)
+    known = {field.name for field in fields(kind)}
+    if unknown := sorted(value.keys() - known):
+        raise ValueError(f"{where} has the unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    hints = get_type_hints(kind)
+    try:
+        return kind(**{name: _value(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+    except TypeError as error:  # a field without a default is absent
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    """A JSON value -> a value of the annotated type: a record, tuple[X, ...], Literal, union or plain type."""
+    if is_dataclass(kind):
+        assert isinstance(kind, type)
+        return _record(kind, value, where)
+    origin, options = get_origin(kind), get_args(kind)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_value(options[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is Literal and value in options:
+        return value
+    if origin in (Union, UnionType):
+        if value is None and NoneType in options:
+            return None
+        return _value(next(option for option in options if option is not NoneType), value, where)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is kind and (kind is not float or math.isfinite(value)):
+        return value
+    expected = f"one of {', '.join(map(repr, options))}" if origin is Literal else f"{kind}"
+    raise ValueError(f"{where} is {str(value)[:40]!r}, expected {expected}")
+
+
+def _check(config: SystemConfig) -> None:
+    """What types cannot say. Widths need no bounds here: they are compared with the tensors. Raises ValueError."""
+    if not 64 <= config.size <= 8192:
+        raise ValueError(f"size {config.size} is not in 64..8192")
+    if not 0 <= config.sizes_in_vector <= 16:
+        raise ValueError(f"sizes_in_vector {config.sizes_in_vector} is not in 0..16")
+    if config.autoencoder.scale_factor <= 0:
+        raise ValueError("autoencoder.scale_factor must be positive")
+    if config.autoencoder.norm_groups < 1:
+        raise ValueError("autoencoder.norm_groups must be positive")
+    if not 0 <= config.unet.dropout < 1:
+        raise ValueError("unet.dropout is not in [0, 1)")
+    _check_heads(config.unet)
+    for use in config.text:
+        tower = use.tower
+        if tower.heads < 1 or tower.width % tower.heads:
+            raise ValueError(f"{tower.heads} heads do not divide a text width of {tower.width}")
+        if not 0 <= use.skip < tower.layers or not 0 <= use.padding < tower.vocabulary:
+            raise ValueError("text skip or padding is out of range")
+
+
+def _check_heads(unet: UNetConfig) -> None:
+    """Every level with attention must divide into heads. Raises ValueError."""
+    for mult, depth in [
+        *zip(unet.channel_mult, unet.attention, strict=True),
+        (unet.channel_mult[-1], unet.middle_attention),
+    ]:
+        width = unet.model_channels * mult
+        parts = unet.heads if unet.heads is not None else unet.head_width
+        if depth and (parts is None or parts < 1 or width % parts):
+            raise ValueError(f"attention heads do not divide a width of {width}")

@@ -1,0 +1,144 @@
+"""Which tensor belongs where in a single file of the original Stable Diffusion layout.
+
+Prefixes: the U-Net under `model.diffusion_model.`, the autoencoder under `first_stage_model.`, text towers under
+`cond_stage_model.` (SD 1.x, 2.x, ours) or `conditioner.embedders.N.` (SDXL and its refiner).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ldm.errors import LdmError
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.presets import SystemConfig
+from ldm.models.text_encoder import CLIPText, OpenCLIPText, text_tower
+from ldm.models.unet import UNet
+from ldm.weights.io import TensorInfo
+
+UNET = "model.diffusion_model."
+FIRST_STAGE = "first_stage_model."
+IMAGE_TOWER = "cond_stage_model.model."
+"""Where our own file keeps all of its CLIP: the text tower, `visual.*` and `logit_scale`, in open_clip's names."""
+
+NOT_NEEDED: tuple[tuple[str, str], ...] = (
+    ("EMA copies", r"model_ema\..+|first_stage_model\.model_ema\..+"),
+    (
+        "noise schedule buffers",
+        r"(low_scale_model\.)?(betas|alphas_cumprod(_prev)?|sqrt_(recip(m1)?_)?(one_minus_)?alphas_cumprod"
+        r"|log_one_minus_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar)"
+        r"|denoiser\.(sigmas|log_sigmas)|scale_factor|global_step",
+    ),
+    ("training marks", r"v_pred|ztsnr"),
+    ("token positions", r".+\.embeddings\.position_ids"),
+    ("causal masks", r".+\.model\.attn_mask"),
+    ("CLIP's image tower", r"cond_stage_model\.model\.visual\..+"),
+    ("CLIP's temperature and unused projection", r"(cond_stage_model|conditioner\.embedders\.\d)\.(model\.)?logit_scale"
+     r"|(cond_stage_model|conditioner\.embedders\.\d)\.transformer\.text_projection\.weight"),
+    ("depth estimator", r"depth_model\..+"),
+    ("first-stage training loss", r"first_stage_model\.loss\..+"),
+)  # fmt: skip
+"""Tensors that real files carry and our networks do not hold: what they are, and a pattern of their whole names."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A file's tensors against those that its networks need.
+
+    missing, unexpected: names; misshapen: what is wrong, in words; unknown: names outside every network;
+    not_needed: what a tensor is that the networks do without -> how many of that kind.
+    """
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    misshapen: tuple[str, ...]
+    unknown: tuple[str, ...]
+    not_needed: Mapping[str, int]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the networks can be filled."""
+        return not (self.missing or self.unexpected or self.misshapen)
+
+
+@dataclass(frozen=True, eq=False)
+class Networks:
+    """All networks of a system. text: a tower for each entry of `config.text`."""
+
+    config: SystemConfig
+    unet: UNet
+    autoencoder: AutoencoderKL
+    text: tuple[OpenCLIPText | CLIPText, ...]
+
+    def by_prefix(self) -> dict[str, nn.Module]:
+        """Where each network's tensors lie in a file -> the network."""
+        towers = {text_prefix(self.config, index): tower for index, tower in enumerate(self.text)}
+        return {UNET: self.unet, FIRST_STAGE: self.autoencoder, **towers}
+
+
+def text_prefix(config: SystemConfig, index: int) -> str:
+    """Where the text tower with this index lies."""
+    tower = "model." if config.text[index].tower.names == "open_clip" else "transformer."
+    if config.sizes_in_vector or len(config.text) > 1:
+        return f"conditioner.embedders.{index}.{tower}"
+    return f"cond_stage_model.{tower}"
+
+
+def build(config: SystemConfig) -> Networks:
+    """The system's networks on `meta`, without weights. Raises LdmError where a width cannot be built."""
+    try:
+        with torch.device("meta"), _Unfilled():
+            text = tuple(text_tower(use.tower) for use in config.text)
+            return Networks(config, UNet(config.unet), AutoencoderKL(config.autoencoder), text)
+    except ValueError as error:
+        raise LdmError(f"its networks cannot be built: {error}") from None
+
+
+def compare(tensors: Mapping[str, TensorInfo], networks: Networks) -> Comparison:
+    """What a file lacks, has too much or in another shape. A tensor of whole numbers cannot be a weight."""
+    parts = networks.by_prefix()
+    wanted = {
+        prefix + name: tuple(tensor.shape)
+        for prefix, network in parts.items()
+        for name, tensor in network.state_dict().items()
+    }
+    unexpected, unknown, not_needed = [], [], {}
+    for name in tensors.keys() - wanted.keys():
+        if (kind := not_needed_as(name)) is not None:
+            not_needed[kind] = not_needed.get(kind, 0) + 1
+        else:
+            (unexpected if name.startswith(tuple(parts)) else unknown).append(name)
+    present = [name for name in wanted if name in tensors]
+    misshapen = [
+        f"{name} is {tensors[name].shape}, expected {wanted[name]}"
+        for name in present
+        if tensors[name].shape != wanted[name]
+    ]
+    misshapen += [
+        f"{name} holds {tensors[name].dtype} numbers, expected floating-point ones"
+        for name in present
+        if "F" not in tensors[name].dtype
+    ]
+    missing = tuple(name for name in wanted if name not in tensors)
+    return Comparison(missing, tuple(sorted(unexpected)), tuple(misshapen), tuple(sorted(unknown)), not_needed)
+
+
+def not_needed_as(name: str) -> str | None:
+    """What a tensor is that our networks do without, or None."""
+    return next((kind for kind, pattern in NOT_NEEDED if re.fullmatch(pattern, name)), None)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Inside, networks are built without being given random weights: on `meta` there is nothing to fill."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Tensor:
+        kwargs = kwargs or {}
+        if func.__name__ in ("kaiming_uniform_", "uniform_", "normal_", "fill_", "zero_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

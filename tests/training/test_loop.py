@@ -1,0 +1,145 @@
+"""The loop: resuming changes nothing, faults lose nothing, the average and the rates are what they say."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import LdmError
+from ldm.training.ema import EMA
+from ldm.training.loop import LoopConfig, learning_rate, train
+from ldm.training.state import load_state
+
+CONFIG = LoopConfig(
+    steps=20, batch=4, rate=1e-2, warmup=3, ema=0.9, precision="no", save_every=5, evaluate_every=10, log_every=5
+)
+
+
+class Line(nn.Module):
+    """Fit y = 2 x + 1; `poison` names steps whose loss is not finite."""
+
+    def __init__(self, poison: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(1, 1)
+        self.poison, self.calls, self.losses, self.evaluated = poison, 0, [], []
+
+    def batch(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"x": torch.randn(count, 1, generator=generator)}
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        loss = (self.layer(batch["x"]) - 2 * batch["x"] - 1).square().mean()
+        if self.calls in self.poison:
+            loss = loss * math.nan
+        self.calls += 1
+        self.losses.append(float(loss))
+        return {"loss": loss}
+
+    def evaluate(self, folder: Path, step: int) -> dict[str, float]:
+        self.evaluated.append((step, float(self.layer.weight)))
+        return {"weight": float(self.layer.weight)}
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_resumed_run_takes_the_same_steps(tmp_path: Path, accumulate: int) -> None:
+    config = replace(CONFIG, accumulate=accumulate)
+    whole = Line()
+    average = train(whole, config, tmp_path / "whole")
+    first = Line()
+    train(first, replace(config, steps=7), tmp_path / "parts")
+    second = Line()
+    resumed = train(second, config, tmp_path / "parts")
+    assert whole.losses == first.losses + second.losses
+    assert torch.equal(whole.layer.weight, second.layer.weight)
+    assert all(torch.equal(average.weights[n], resumed.weights[n]) for n in average.weights)
+
+
+def test_loss_falls_and_evaluation_sees_the_average(tmp_path: Path) -> None:
+    line = Line()
+    average = train(line, replace(CONFIG, rate=0.1, steps=60), tmp_path)
+    assert sum(line.losses[-5:]) < 0.2 * sum(line.losses[:5])
+    assert line.evaluated[-1] == (60, pytest.approx(float(average.weights["layer.weight"])))
+    assert line.evaluated[-1][1] != float(line.layer.weight)
+
+
+def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
+    """With fixed data, the mean over micro-batches has the gradient of the whole."""
+
+    class Fixed(Line):
+        def batch(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+            return {"x": torch.linspace(-1, 1, count)[:, None]}
+
+    one, three = Fixed(), Fixed()
+    train(one, replace(CONFIG, steps=5), tmp_path / "one")
+    train(three, replace(CONFIG, steps=5, accumulate=3), tmp_path / "three")
+    assert torch.allclose(one.layer.weight, three.layer.weight, atol=1e-6)
+
+
+def test_a_step_that_is_not_finite_is_skipped(tmp_path: Path) -> None:
+    line = Line(poison=(4,))
+    train(line, CONFIG, tmp_path)
+    assert all(torch.isfinite(p).all() for p in line.parameters())
+    assert line.losses[-1] < line.losses[0]
+
+
+def test_ten_bad_steps_stop_the_run_and_keep_the_last_save(tmp_path: Path) -> None:
+    with pytest.raises(LdmError, match="not finite 10 times"):
+        train(Line(poison=tuple(range(7, 20))), CONFIG, tmp_path)
+    state = load_state(tmp_path)
+    assert state is not None and state.step == 15
+    assert all(torch.isfinite(t).all() for t in state.tensors["weights"].values())
+
+
+def test_a_damaged_newest_save_is_passed_over(tmp_path: Path) -> None:
+    train(Line(), CONFIG, tmp_path)
+    newest = tmp_path / "step-00000020"
+    weights = newest / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    state = load_state(tmp_path)
+    assert state is not None and state.step == 15
+
+
+def test_changed_facts_are_refused_by_name(tmp_path: Path) -> None:
+    train(Line(), replace(CONFIG, steps=5), tmp_path)
+    with pytest.raises(LdmError, match=r"begun with batch = 4, now 8"):
+        train(Line(), replace(CONFIG, batch=8), tmp_path)
+
+
+def test_saves_hold_no_pickles_and_two_are_kept(tmp_path: Path) -> None:
+    train(Line(), CONFIG, tmp_path)
+    saves = sorted(p.name for p in tmp_path.iterdir())
+    assert saves == ["step-00000015", "step-00000020"]
+    assert {p.suffix for p in (tmp_path / saves[-1]).iterdir()} == {".safetensors", ".json"}
+    assert json.loads((tmp_path / saves[-1] / "manifest.json").read_text())["step"] == 20
+
+
+def test_learning_rates_against_hand_worked_values() -> None:
+    constant = LoopConfig(steps=100, batch=1, rate=1.0, warmup=10, cooldown=20)
+    assert [learning_rate(constant, s) for s in (0, 4, 9, 50, 80, 90, 99)] == pytest.approx(
+        [0.1, 0.5, 1.0, 1.0, 1.0, 0.5, 0.05]
+    )
+    cosine = LoopConfig(steps=100, batch=1, rate=1.0, warmup=1, schedule="cosine")
+    assert [learning_rate(cosine, s) for s in (0, 50, 100)] == pytest.approx([1.0, 0.5, 0.0], abs=1e-9)
+
+
+def test_average_is_the_recursion_and_swaps_back() -> None:
+    layer = nn.Linear(1, 1, bias=False)
+    average = EMA(layer, decay=0.5)
+    expected = float(layer.weight)
+    for step in range(20):
+        with torch.no_grad():
+            layer.weight.fill_(float(step))
+        average.update(layer, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert float(average.weights["weight"]) == pytest.approx(expected, rel=1e-5)
+    average.swap(layer)
+    assert float(layer.weight) == pytest.approx(expected, rel=1e-5)
+    average.swap(layer)
+    assert float(layer.weight) == 19.0
