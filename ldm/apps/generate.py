@@ -31,9 +31,8 @@ def generate(command: Generate | Img2Img) -> None:
     check_output(command.output.output)
     with progress_bar(sum(request.count for request in requests)) as bar:
         model = load_model(command.model, watch)
-        if command.output.verbose:
-            for rule in model.origin.rules:
-                _note(f"model: {rule}")
+        for rule in model.origin.rules if command.output.verbose else ():
+            _note(f"model: {rule}")
         model_hash = _hash_in_background(model.origin.path)
         done = 0
         for request in requests:
@@ -79,6 +78,8 @@ def load_model(model: Model, watch: Stopwatch) -> LatentDiffusion:
 
     watch.mark("imports")
     loaded = load(model.file, device=model.device, dtype=model.dtype)
+    for warning in loaded.origin.warnings:
+        _note(f"warning: {warning}")
     watch.mark("loading")
     return loaded
 

@@ -115,6 +115,11 @@ def latent_diffusion() -> NoiseSchedule:
     return scaled_linear(0.0015, 0.0195)
 
 
+def upscaler() -> NoiseSchedule:
+    """`scaled_linear` with the ends of Stable Diffusion's x4 upscaler."""
+    return scaled_linear(1e-4, 0.02)
+
+
 def linear(start: float = 1e-4, end: float = 0.02, timesteps: int = TIMESTEPS) -> NoiseSchedule:
     """beta is linear: DDPM's schedule (Ho et al. 2020, section 4)."""
     return from_betas(torch.linspace(start, end, timesteps, dtype=torch.float64))
@@ -136,6 +141,7 @@ def sigmoid(start: float = 1e-4, end: float = 0.02, timesteps: int = TIMESTEPS) 
 NOISE_SCHEDULES: dict[str, Callable[[], NoiseSchedule]] = {
     "scaled-linear": scaled_linear,
     "latent-diffusion": latent_diffusion,
+    "upscaler": upscaler,
     "linear": linear,
     "cosine": cosine,
     "sigmoid": sigmoid,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -14,7 +15,8 @@ def sinusoidal_embedding(values: Tensor, width: int, max_period: float = 10_000.
     values (B,) -> (B, width) float32. Vaswani et al. 2017, section 3.5; Ho et al. 2020, appendix B.
     """
     half = width // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=values.device) / half)
+    steps = torch.arange(half, dtype=torch.float32, device=values.device)
+    frequencies = torch.exp(-math.log(max_period) * steps / half)
     angles = values.float()[:, None] * frequencies[None]
     features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-    return torch.nn.functional.pad(features, (0, width % 2))
+    return F.pad(features, (0, width % 2))

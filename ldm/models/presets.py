@@ -43,7 +43,8 @@ class SystemConfig:
     """One latent diffusion system.
 
     text: its towers; their states are joined along the width.
-    schedule: a key of `ldm.diffusion.schedule.NOISE_SCHEDULES`; zero_terminal_snr: whether it is rescaled (Lin et al. 2023).
+    schedule: a key of `ldm.diffusion.schedule.NOISE_SCHEDULES`.
+    zero_terminal_snr: whether that schedule is rescaled to end in pure noise (Lin et al. 2023).
     size: the side in pixels of the pictures it was trained on.
     sizes_in_vector: how many size and crop numbers follow the pooled text in `Conditioning.vector` (SDXL 6, refiner 5).
     """
@@ -62,6 +63,7 @@ class SystemConfig:
 CLIP_L = TextConfig(width=768, layers=12, heads=12)
 OPENCLIP_H = TextConfig(1024, 24, 16, projection=1024, names="open_clip", activation="gelu")
 OPENCLIP_BIGG = TextConfig(1280, 32, 20, projection=1280, names="open_clip", activation="gelu")
+SMALL_TEXT = TextConfig(192, 6, 6, projection=192, names="open_clip", activation="gelu")
 
 
 def sd1(in_channels: int = 4) -> SystemConfig:
@@ -106,6 +108,7 @@ def sd_x4_upscaler() -> SystemConfig:
         autoencoder=AutoencoderConfig(channel_mult=(1, 2, 4), scale_factor=0.08333),
         text=(TextUse(OPENCLIP_H, skip=1),),
         prediction="v",
+        schedule="upscaler",
         size=512,
     )
 
@@ -178,30 +181,46 @@ def small(size: int = 128) -> SystemConfig:
     )
 
 
-SMALL_TEXT = TextConfig(192, 6, 6, projection=192, names="open_clip", activation="gelu")
-
-
 def tiny(config: SystemConfig, width: int = 32) -> SystemConfig:
-    """The same layout at a few thousand parameters, for tests and for trying things: every width is cut, no level is."""
-    towers = tuple(
-        replace(use, tower=replace(use.tower, width=width, layers=2, heads=2, projection=use.tower.projection and width))
-        for use in config.text
-    )
-    unet = config.unet
+    """The same layout with every width cut and no level, for tests and for trying things; `width` a multiple of 32.
+
+    Levels become as wide as `width`, or twice that; at most two transformer blocks stay in a row, two layers in a text
+    tower and one residual block at each level of the autoencoder.
+    """
+    towers = tuple(replace(use, tower=_tiny_tower(use.tower, width)) for use in config.text)
     return replace(
         config,
-        unet=replace(
-            unet,
-            model_channels=width,
-            channel_mult=tuple(1 + (m > 1) for m in unet.channel_mult),
-            attention=tuple(min(depth, 2) for depth in unet.attention),
-            middle_attention=min(unet.middle_attention, 2),
-            context_width=None if unet.context_width is None else width * len(towers),
-            heads=None if unet.heads is None else 2,
-            head_width=None if unet.head_width is None else width // 2,
-            vector_width=None if unet.vector_width is None else width + 256 * config.sizes_in_vector,
+        unet=_tiny_unet(config.unet, width, towers=len(towers), sizes=config.sizes_in_vector),
+        autoencoder=replace(
+            config.autoencoder,
+            base_channels=width,
+            channel_mult=_one_or_two(config.autoencoder.channel_mult),
+            res_blocks=1,
         ),
-        autoencoder=replace(config.autoencoder, base_channels=width, res_blocks=1, channel_mult=(1, 1, 1, 1)[: len(config.autoencoder.channel_mult)]),
         text=towers,
         size=64,
     )
+
+
+def _tiny_tower(tower: TextConfig, width: int) -> TextConfig:
+    projection = None if tower.projection is None else width
+    return replace(tower, width=width, layers=2, heads=2, projection=projection)
+
+
+def _tiny_unet(unet: UNetConfig, width: int, towers: int, sizes: int) -> UNetConfig:
+    return replace(
+        unet,
+        model_channels=width,
+        channel_mult=_one_or_two(unet.channel_mult),
+        attention=tuple(min(depth, 2) for depth in unet.attention),
+        middle_attention=min(unet.middle_attention, 2),
+        context_width=None if unet.context_width is None else width * towers,
+        heads=None if unet.heads is None else 2,
+        head_width=None if unet.head_width is None else width // 2,
+        vector_width=None if unet.vector_width is None else width + 256 * sizes,
+    )
+
+
+def _one_or_two(multiples: tuple[int, ...]) -> tuple[int, ...]:
+    """Where a level is wider than the first one, it stays so."""
+    return tuple(2 if multiple > 1 else 1 for multiple in multiples)

@@ -30,6 +30,10 @@ class TextConfig:
     vocabulary: int = 49408
     tokens: int = 77
 
+    def __post_init__(self) -> None:
+        if self.names == "hugging_face" and self.projection is not None:
+            raise ValueError("a text tower with Hugging Face's names has no projection")
+
 
 @dataclass(frozen=True)
 class TextStates:

@@ -90,7 +90,11 @@ def _tables() -> tuple[dict[str, int], dict[tuple[str, str], int], dict[int, str
     lines = gzip.decompress(table.read_bytes()).decode().split("\n")[1 : _MERGES + 1]
     pairs = [(first, second) for first, second in map(str.split, lines)]
     alphabet = _byte_alphabet()
-    symbols = [*alphabet.values(), *(c + "</w>" for c in alphabet.values()), *(first + second for first, second in pairs)]
+    symbols = [
+        *alphabet.values(),
+        *(c + "</w>" for c in alphabet.values()),
+        *(first + second for first, second in pairs),
+    ]
     ids = {symbol: index for index, symbol in enumerate([*symbols, *_MARKS])}
     return ids, {pair: rank for rank, pair in enumerate(pairs)}, alphabet
 

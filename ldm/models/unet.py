@@ -104,9 +104,7 @@ class UNet(nn.Module):
         attention = self._attention(deepest, config.middle_attention, cross_only=False)
         self.middle_block = Stage([first, *attention, last])
         self.output_blocks = self._up(width, skips)
-        self.out = nn.Sequential(
-            nn.GroupNorm(32, base), nn.SiLU(), nn.Conv2d(base, config.out_channels, 3, padding=1)
-        )
+        self.out = nn.Sequential(nn.GroupNorm(32, base), nn.SiLU(), nn.Conv2d(base, config.out_channels, 3, padding=1))
 
     def _label_embedding(self, width: int) -> nn.Module | None:
         """What turns `Conditioning.vector` into a summand of the time embedding, where the network takes one."""

@@ -71,7 +71,7 @@ def _extra_channels(model: LatentDiffusion, request: GenerateRequest) -> tuple[T
         return None, ()
     if extra != latent_channels + 1:
         raise LdmError(
-            f"model: its U-Net takes {extra} extra channels (a depth map or a small picture), expected one that draws"
+            f"{model.origin.path or 'model'}: its U-Net takes {extra} extra channels (a depth map or a small picture), expected one that draws"
             " from text; use another checkpoint"
         )
     assert request.width is not None and request.height is not None

@@ -16,24 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ldm.errors import LdmError
+from ldm.models.presets import small
+from ldm.training import stages
 from ldm.training.loop import LoopConfig
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """Where a recipe reads and writes.
-
-    pictures: folder of a packed set (`ldm.data.packed`); runs: folder with one folder per stage below it;
-    size: side of the pictures in pixels.
-    """
-
-    pictures: Path
-    runs: Path
-    size: int = 128
-
-    def stage(self, name: str) -> Path:
-        """The folder of a stage of this recipe's family."""
-        return self.runs / name
+from ldm.training.stages import Workspace
 
 
 @dataclass(frozen=True)
@@ -58,26 +44,7 @@ def run(name: str, output: Path | None = None, *, pictures: Path = Path("runs/da
         raise LdmError(f"steps: {name} is no training loop; leave it out")
     loop = recipe.loop if recipe.loop is None or steps is None else replace(recipe.loop, steps=steps)
     family = name.rsplit("-", 1)[0]
-    recipe.run(Workspace(pictures, output or Path("runs") / family, recipe.size), loop)
-
-
-def _stages() -> dict[str, Recipe]:
-    from ldm.training import stages
-
-    def family(name: str, size: int, loops: dict[str, LoopConfig]) -> dict[str, Recipe]:
-        functions = {
-            "autoencoder": ("first stage: pictures to latents and back", stages.train_autoencoder),
-            "clip": ("text tower and image tower, contrastively", stages.train_clip),
-            "latents": ("encode all pictures and captions once", stages.encode_all),
-            "unet": ("the denoising network", stages.train_unet),
-            "assemble": ("write one checkpoint", stages.assemble),
-        }
-        return {
-            f"{name}-{stage}": Recipe(summary, function, loops.get(stage), size)
-            for stage, (summary, function) in functions.items()
-        }
-
-    return family("small", 128, SMALL) | family("gpu", 256, GPU)
+    recipe.run(Workspace(pictures, output or Path("runs") / family, small(recipe.size)), loop)
 
 
 SMALL = {
@@ -158,4 +125,19 @@ GPU = {
 }
 """For one data-centre GPU: minutes for the first two, half an hour and more for the network."""
 
-RECIPES = _stages()
+
+def _family(name: str, size: int, loops: dict[str, LoopConfig]) -> dict[str, Recipe]:
+    functions = {
+        "autoencoder": ("first stage: pictures to latents and back", stages.train_autoencoder),
+        "clip": ("text tower and image tower, contrastively", stages.train_clip),
+        "latents": ("encode all pictures and captions once", stages.encode_all),
+        "unet": ("the denoising network", stages.train_unet),
+        "assemble": ("write one checkpoint", stages.assemble),
+    }
+    return {
+        f"{name}-{stage}": Recipe(summary, function, loops.get(stage), size)
+        for stage, (summary, function) in functions.items()
+    }
+
+
+RECIPES: dict[str, Recipe] = _family("small", 128, SMALL) | _family("gpu", 256, GPU)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,8 @@ from ldm.data.packed import open_packed
 from ldm.data.records import KIND_SHARES, Record, may_flip
 from ldm.errors import LdmError
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.presets import SystemConfig, small
-from ldm.models.text_encoder import OpenCLIPText, text_tower
+from ldm.models.presets import SystemConfig
+from ldm.models.text_encoder import OpenCLIPText
 from ldm.models.tokenizer import tokenize
 from ldm.models.unet import UNet
 from ldm.pipeline.latent_diffusion import LatentDiffusion
@@ -28,7 +28,6 @@ from ldm.training.clip import CLIPObjective, small_clip
 from ldm.training.diffusion import DiffusionObjective
 from ldm.training.latents import centre_latents, encode_captions, encode_pictures, open_latents
 from ldm.training.loop import LoopConfig, train
-from ldm.training.recipes import Workspace
 from ldm.training.sheets import save_sheet
 
 log = logging.getLogger(__name__)
@@ -39,14 +38,31 @@ PREVIEW_EVERY = 2
 """Every second prompt of the published sheet is drawn while the network trains, so 32 pictures."""
 
 
+@dataclass(frozen=True)
+class Workspace:
+    """Where a recipe reads and writes, and what it builds.
+
+    pictures: folder of a packed set (`ldm.data.packed`) of `config.size` pixels;
+    runs: folder with one folder per stage below it.
+    """
+
+    pictures: Path
+    runs: Path
+    config: SystemConfig
+
+    def stage(self, name: str) -> Path:
+        """The folder of a stage of this recipe's family."""
+        return self.runs / name
+
+
 def train_autoencoder(work: Workspace, loop: LoopConfig | None) -> None:
     """Learn on crops, a quarter of a picture each; keep the averaged weights, their latents centred."""
     assert loop is not None
-    pictures, _ = open_packed(work.pictures, work.size)
+    pictures, _ = open_packed(work.pictures, work.config.size)
     torch.manual_seed(loop.seed)
-    autoencoder = AutoencoderKL(small().autoencoder)
+    autoencoder = AutoencoderKL(work.config.autoencoder)
     held_out = pictures[::HELD_OUT_EVERY]
-    objective = AutoencoderObjective(autoencoder, pictures, held_out, work.size // 2, AutoencoderLoss())
+    objective = AutoencoderObjective(autoencoder, pictures, held_out, work.config.size // 2, AutoencoderLoss())
     train(objective, loop, work.stage("autoencoder")).swap(objective)
     centre_latents(autoencoder.eval().cpu(), pictures[::29])
     _save(autoencoder, work.stage("autoencoder") / "autoencoder.safetensors")
@@ -55,8 +71,8 @@ def train_autoencoder(work: Workspace, loop: LoopConfig | None) -> None:
 def train_clip(work: Workspace, loop: LoopConfig | None) -> None:
     """Learn both towers; keep their averaged weights."""
     assert loop is not None
-    pictures, records = open_packed(work.pictures, work.size)
-    use = small().text[0]
+    pictures, records = open_packed(work.pictures, work.config.size)
+    use = work.config.text[0]
     ids = [np.array([tokenize(text, use.tower.tokens, use.padding) for text in r["texts"]]) for r in records]
     flips = np.array([may_flip(record) for record in records])
     held_out = np.arange(0, len(records), HELD_OUT_EVERY)
@@ -70,17 +86,16 @@ def train_clip(work: Workspace, loop: LoopConfig | None) -> None:
 
 def encode_all(work: Workspace, loop: None) -> None:
     """Encode what the network is trained on, once."""
-    pictures, records = open_packed(work.pictures, work.size)
-    config = small(work.size)
+    pictures, records = open_packed(work.pictures, work.config.size)
     folder = work.stage("latents")
-    encode_pictures(_autoencoder(work, config), pictures, records, folder)
-    encode_captions(_text(work, config), config.text[0], records, folder)
+    encode_pictures(_autoencoder(work), pictures, records, folder)
+    encode_captions(_text(work), work.config.text[0], records, folder)
 
 
 def train_unet(work: Workspace, loop: LoopConfig | None) -> None:
     """Learn the network on the encoded pictures, drawn by the shares of their kinds."""
     assert loop is not None
-    _, records = open_packed(work.pictures, work.size)
+    _, records = open_packed(work.pictures, work.config.size)
     data = open_latents(work.stage("latents"))
     if len(data) != len(records):
         raise LdmError(f"{work.stage('latents')}: {len(data)} latents for {len(records)} pictures; encode them again")
@@ -129,26 +144,20 @@ def _preview(model: LatentDiffusion, path: Path) -> None:
 
 def _system(work: Workspace) -> LatentDiffusion:
     """The system with its trained first stage and text tower, and a U-Net that is yet to be trained."""
-    config = small(work.size)
+    config = work.config
     torch.manual_seed(0)
-    return LatentDiffusion(
-        config,
-        UNet(config.unet),
-        _autoencoder(work, config),
-        (_text(work, config),),
-        torch.device("cpu"),
-        torch.float32,
-    )
+    unet = UNet(config.unet)
+    return LatentDiffusion(config, unet, _autoencoder(work), (_text(work),), torch.device("cpu"), torch.float32)
 
 
-def _autoencoder(work: Workspace, config: SystemConfig) -> AutoencoderKL:
-    autoencoder = AutoencoderKL(config.autoencoder)
+def _autoencoder(work: Workspace) -> AutoencoderKL:
+    autoencoder = AutoencoderKL(work.config.autoencoder)
     autoencoder.load_state_dict(load_file(_needed(work.stage("autoencoder") / "autoencoder.safetensors")))
     return autoencoder.to(memory_format=torch.channels_last).eval()
 
 
-def _text(work: Workspace, config: SystemConfig) -> OpenCLIPText:
-    tower = text_tower(config.text[0].tower)
+def _text(work: Workspace) -> OpenCLIPText:
+    tower = OpenCLIPText(work.config.text[0].tower)
     saved = load_file(_needed(work.stage("clip") / "clip.safetensors"))
     tower.load_state_dict({name: saved[name] for name in tower.state_dict()})
     return tower.eval()

@@ -60,8 +60,8 @@ def unet_config(shapes: Shapes) -> UNetConfig:
     )
 
 
-def autoencoder_config(shapes: Shapes, scale_factor: float) -> AutoencoderConfig:
-    """The config of a KL autoencoder in LDM's names."""
+def autoencoder_config(shapes: Shapes) -> AutoencoderConfig:
+    """The config of a KL autoencoder in LDM's names, but for its latents' scale, of which shapes say nothing."""
     if any(name.startswith("quantize.") for name in shapes):
         raise LdmError("its first stage has a codebook (VQ); only KL autoencoders are read")
     base = _size(shapes, "encoder.conv_in.weight", 4, 0)
@@ -75,7 +75,6 @@ def autoencoder_config(shapes: Shapes, scale_factor: float) -> AutoencoderConfig
         latent_channels=_size(shapes, "decoder.conv_in.weight", 4, 1),
         image_channels=_size(shapes, "encoder.conv_in.weight", 4, 1),
         norm_groups=math.gcd(32, base, *widths),
-        scale_factor=scale_factor,
     )
 
 

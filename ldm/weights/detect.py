@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ldm.errors import LdmError
 from ldm.models import presets
@@ -21,6 +21,8 @@ from ldm.weights.config_json import CONFIG_KEY, config_from_json
 from ldm.weights.io import Header, printable
 from ldm.weights.layout import FIRST_STAGE, UNET, text_prefix
 from ldm.weights.prediction import Decision, decide
+
+Config = TypeVar("Config")
 
 CHECKPOINT = "checkpoint"
 
@@ -131,13 +133,14 @@ def _detect(header: Header, prediction: PredictionType | None) -> Detection:
 def _config_of_ours(header: Header) -> SystemConfig:
     """The config in the metadata, once everything that shapes can tell agrees with it."""
     config = config_from_json(header.metadata[CONFIG_KEY])
-    unet = unet_config(under(header.shapes, UNET))
+    unet = _read(unet_config, header.shapes, UNET)
     told = config.unet
     unet = replace(unet, heads=told.heads, head_width=told.head_width, cross_only=told.cross_only, dropout=told.dropout)
     _agree("unet", told, unet)
     told = config.autoencoder
-    autoencoder = autoencoder_config(under(header.shapes, FIRST_STAGE), told.scale_factor)
-    _agree("autoencoder", told, replace(autoencoder, norm_groups=told.norm_groups, shift_factor=told.shift_factor))
+    autoencoder = _read(autoencoder_config, header.shapes, FIRST_STAGE)
+    scaling = {"scale_factor": told.scale_factor, "shift_factor": told.shift_factor}
+    _agree("autoencoder", told, replace(autoencoder, norm_groups=told.norm_groups, **scaling))
     for index, use in enumerate(config.text):
         told = use.tower
         tower = _tower(header.shapes, text_prefix(config, index), told)
@@ -157,7 +160,7 @@ def _agree(where: str, told: Any, read: Any) -> None:
 
 def _config_of_others(shapes: Shapes) -> tuple[SystemConfig, str]:
     """The config of an SD 1.x, 2.x or SDXL file, and the rule that decided its family."""
-    unet = unet_config(under(shapes, UNET))
+    unet = _read(unet_config, shapes, UNET)
     if unet.context_width is None:
         raise LdmError("its U-Net takes no text, which only files of this package with their own config do")
     for mark, family in FAMILIES:
@@ -166,7 +169,8 @@ def _config_of_others(shapes: Shapes) -> tuple[SystemConfig, str]:
             break
     else:
         raise LdmError("its text encoder is of a kind that is not known; expected CLIP-L or OpenCLIP")
-    first_stage = autoencoder_config(under(shapes, FIRST_STAGE), preset.autoencoder.scale_factor)
+    first_stage = _read(autoencoder_config, shapes, FIRST_STAGE)
+    first_stage = replace(first_stage, scale_factor=preset.autoencoder.scale_factor)
     towers = [_tower(shapes, text_prefix(preset, index), use.tower) for index, use in enumerate(preset.text)]
     text = tuple(replace(use, tower=tower) for use, tower in zip(preset.text, towers, strict=True))
     config = replace(preset, unet=unet, autoencoder=first_stage, text=text)
@@ -175,8 +179,16 @@ def _config_of_others(shapes: Shapes) -> tuple[SystemConfig, str]:
 
 
 def _tower(shapes: Shapes, prefix: str, expected: TextConfig) -> TextConfig:
-    read = open_clip_config if expected.names == "open_clip" else clip_config
-    return read(under(shapes, prefix))
+    """The tower under this prefix, in the names that are expected of it."""
+    return _read(open_clip_config if expected.names == "open_clip" else clip_config, shapes, prefix)
+
+
+def _read(read: Callable[[Shapes], Config], shapes: Shapes, prefix: str) -> Config:
+    """A network's config; an error says where the network lies."""
+    try:
+        return read(under(shapes, prefix))
+    except LdmError as error:
+        raise LdmError(f"{error} (under {prefix})") from None
 
 
 def _check_widths(config: SystemConfig) -> None:

@@ -122,9 +122,9 @@ def read_tensors(header: Header, names: Iterable[str]) -> Iterator[tuple[str, Te
             _check_unchanged(header)
             for name in sorted(names, key=lambda name: header.tensors[name].begin):
                 yield name, file.get_tensor(name)
+        _check_unchanged(header)
     except (SafetensorError, OSError) as error:
         raise LdmError(f"{shown}: cannot be mapped: {printable(str(error))}") from error
-    _check_unchanged(header)
 
 
 def _check_unchanged(header: Header) -> None:
@@ -199,7 +199,7 @@ def _say_what_it_is(head: bytes, suffix: str) -> None:
     for magic, message in MAGIC:
         if head.startswith(magic):
             raise ValueError(message)
-    if re.match(rb"\x80[\x01-\x05]", head) or head[257:262] == b"ustar" or suffix in PICKLE_SUFFIXES:
+    if re.match(rb"\x80[\x01-\x05][^\0]", head) or head[257:262] == b"ustar" or suffix in PICKLE_SUFFIXES:
         raise ValueError(f"is a PyTorch checkpoint (pickle); {PICKLE}")
     if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml)", head, re.IGNORECASE):
         raise ValueError(f"looks like HTML, not a model: a web page was saved instead of the file; {AGAIN}")

@@ -24,7 +24,7 @@ from ldm.weights.io import TensorInfo
 
 UNET = "model.diffusion_model."
 FIRST_STAGE = "first_stage_model."
-IMAGE_TOWER = "cond_stage_model.model."
+CLIP = "cond_stage_model.model."
 """Where our own file keeps all of its CLIP: the text tower, `visual.*` and `logit_scale`, in open_clip's names."""
 
 NOT_NEEDED: tuple[tuple[str, str], ...] = (

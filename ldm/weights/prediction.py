@@ -63,7 +63,7 @@ def _from_markers(header: Header) -> Decision | None:
 
 
 def _from_sidecar(path: Path) -> Decision | None:
-    """`parameterization:` (LDM) or a scaling class (sgm) in the .yaml of the same name, which is searched, not parsed."""
+    """`parameterization:` (LDM) or a scaling class (sgm) in the .yaml of the same name: searched, not parsed."""
     sidecar = path.with_suffix(".yaml")
     try:
         if not sidecar.is_file():

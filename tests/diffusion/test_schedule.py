@@ -19,6 +19,7 @@ from ldm.diffusion.schedule import (
     linear,
     scaled_linear,
     sigmoid,
+    upscaler,
     zero_terminal_snr,
 )
 
@@ -35,6 +36,7 @@ EVERY = [pytest.param(build(), id=name) for name, build in NOISE_SCHEDULES.items
     [
         (scaled_linear(), {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
         (latent_diffusion(), {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}),
+        (upscaler(), {"beta_schedule": "scaled_linear", "beta_start": 1e-4, "beta_end": 0.02}),
         (linear(), {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}),
         (cosine(), {"beta_schedule": "squaredcos_cap_v2"}),
         (sigmoid(), {"beta_schedule": "sigmoid", "beta_start": 1e-4, "beta_end": 0.02}),

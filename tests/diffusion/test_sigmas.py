@@ -69,7 +69,7 @@ def test_sigmas_equal_those_of_diffusers_euler(function, config, steps):
     assert torch.allclose(ours, theirs.sigmas, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("steps", [2, 3, 20, 30, 50, 77])
+@pytest.mark.parametrize("steps", [2, 3, 16, 20, 30, 50, 77])
 def test_leading_and_trailing_timesteps_equal_diffusers_ddim(steps):
     for function, config in (
         (leading, {"timestep_spacing": "leading", "steps_offset": 1}),

@@ -1,0 +1,184 @@
+"""Each objective against its published formula, worked out independently in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ldm.diffusion.loss import min_snr_weight
+from ldm.diffusion.schedule import scaled_linear
+from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.models.text_encoder import TextConfig
+from ldm.models.tokenizer import tokenize
+from ldm.models.unet import UNet, UNetConfig
+from ldm.training.autoencoder import AutoencoderLoss, AutoencoderObjective, to_unit
+from ldm.training.clip import CLIPObjective, encode_text, small_clip
+from ldm.training.diffusion import DiffusionObjective, LatentPictures
+from ldm.training.latents import centre_latents
+from ldm.types import Conditioning
+
+TEXT = TextConfig(32, 2, 2, projection=16, names="open_clip", activation="gelu")
+
+
+def pictures(count: int, size: int = 32) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def autoencoder() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(AutoencoderConfig(8, (1, 1, 1, 2), 1, norm_groups=2))
+
+
+class TestAutoencoder:
+    def test_loss_is_the_sum_that_the_docstring_promises(self, autoencoder: AutoencoderKL) -> None:
+        objective = AutoencoderObjective(autoencoder, pictures(4), pictures(4), 32, AutoencoderLoss(0.7, 0.6, 0.5, 0.1))
+        images, noise = to_unit(pictures(2)), torch.randn(2, 4, 4, 4)
+        got = objective.losses(images, noise, "none")
+        with torch.no_grad():
+            posterior = autoencoder.posterior(images)
+            decoded = autoencoder.reconstruct(posterior.mean + (0.5 * posterior.log_variance).exp() * noise)
+        a, b = decoded.double().numpy(), images.double().numpy()
+        mean, logvar = posterior.mean.double().numpy(), posterior.log_variance.double().numpy()
+        right = np.abs(np.diff(a, axis=3)[:, :, :-1] - np.diff(b, axis=3)[:, :, :-1])
+        down = np.abs(np.diff(a, axis=2)[..., :-1] - np.diff(b, axis=2)[..., :-1])
+        coarse = np.abs((a - b).reshape(2, 3, 4, 8, 4, 8).mean(axis=(3, 5))).mean()
+        hues = np.abs(np.diff(a, axis=1) - np.diff(b, axis=1)).mean()
+        kl = 0.5 * (mean**2 + np.exp(logvar) - 1 - logvar).mean()
+        want = np.abs(a - b).mean() + 0.7 * (right.mean() + down.mean()) / 2 + 0.6 * hues + 0.5 * coarse + 0.1 * kl
+        assert float(got["loss"]) == pytest.approx(want, rel=1e-5)
+
+    @pytest.mark.parametrize(("transform", "side"), [("halve", 16), ("mirror", 32)])
+    def test_the_latent_is_transformed_and_the_picture_with_it(
+        self, autoencoder: AutoencoderKL, transform: str, side: int
+    ) -> None:
+        objective = AutoencoderObjective(autoencoder, pictures(4), pictures(4), 32, AutoencoderLoss(0, 0, 0, 0))
+        images = to_unit(pictures(1))
+        with torch.no_grad():
+            z = autoencoder.posterior(images).mean
+            moved = z.flip(-1) if transform == "mirror" else z.reshape(1, 4, 2, 2, 2, 2).mean(dim=(3, 5))
+            target = (
+                images.flip(-1) if transform == "mirror" else images.reshape(1, 3, 16, 2, 16, 2).mean(dim=(3, 5))
+            )
+            assert target.shape[-1] == side
+            want = (autoencoder.reconstruct(moved) - target).abs().mean()
+            zero = torch.full_like(z, 0.0)
+            got = objective.losses(images, zero, transform)["loss"]  # type: ignore[arg-type]
+        assert float(got) == pytest.approx(float(want), rel=1e-5)
+
+    def test_centring_changes_latents_and_not_pictures(self, autoencoder: AutoencoderKL) -> None:
+        images = to_unit(pictures(8))
+        with torch.no_grad():
+            before = autoencoder.posterior(images)
+            picture, spread = autoencoder.reconstruct(before.mean), before.log_variance
+        centre_latents(autoencoder, pictures(8))
+        with torch.no_grad():
+            after = autoencoder.posterior(images)
+            assert torch.allclose(autoencoder.reconstruct(after.mean), picture, atol=1e-5)
+        assert torch.allclose(after.mean.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-5)
+        assert torch.allclose(after.mean.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-5)
+        deviation = before.mean.std(dim=(0, 2, 3))
+        assert torch.allclose(after.log_variance, spread - 2 * deviation.log()[:, None, None], atol=1e-4)
+
+
+class TestCLIP:
+    @pytest.fixture(scope="class")
+    def objective(self) -> CLIPObjective:
+        torch.manual_seed(0)
+        model = small_clip(TEXT, image_size=16, patch=8)
+        ids = [np.array([tokenize(f"picture number {i}"), tokenize("a cat")]) for i in range(8)]
+        return CLIPObjective(model, pictures(8), ids, np.zeros(8, bool), np.arange(6), np.arange(6, 8))
+
+    def test_short_text_path_equals_open_clips_own(self, objective: CLIPObjective) -> None:
+        ids = torch.tensor([tokenize("a red apple"), tokenize("a much longer caption, of seven words or more")])
+        with torch.no_grad():
+            want = objective.model.encode_text(ids, normalize=True)
+            assert torch.allclose(encode_text(objective.model, ids), want, atol=1e-6)
+
+    def test_loss_is_the_symmetric_cross_entropy(self, objective: CLIPObjective) -> None:
+        batch = objective.batch(4, torch.Generator().manual_seed(3))
+        with torch.no_grad():
+            got = objective(batch)
+            image, text = (f.double().numpy() for f in objective.features(batch["images"], batch["ids"]))
+        logits = float(got["scale"]) * image @ text.T
+
+        def cross_entropy(rows: np.ndarray) -> float:
+            return float(np.mean(np.log(np.exp(rows).sum(axis=1)) - np.diag(rows)))
+
+        want = (cross_entropy(logits) + cross_entropy(logits.T)) / 2
+        assert float(got["loss"]) == pytest.approx(want, rel=1e-5)
+
+    def test_held_out_pictures_are_not_drawn(self, objective: CLIPObjective) -> None:
+        batch = objective.batch(200, torch.Generator().manual_seed(0))
+        numbers = {tuple(objective.ids[i][0]) for i in objective.held_out}
+        assert not numbers & {tuple(row.tolist()) for row in batch["ids"]}
+
+
+def latent_pictures(count: int = 10) -> LatentPictures:
+    generator = np.random.default_rng(0)
+    latents = generator.normal(size=(count, 4, 8, 8)).astype(np.float16)
+    mirrored = latents[..., ::-1].copy()
+    mirrored[::2] = np.nan
+    states = np.arange(3 * count, dtype=np.float16)[:, None, None] * np.ones((1, 5, 6), np.float16)
+    return LatentPictures(latents, mirrored, states, np.arange(count + 1) * 3, np.full((5, 6), -1, np.float16))
+
+
+class Oracle(UNet):
+    """Knows what the noise was."""
+
+    answer: Tensor
+
+    def forward(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        return self.answer
+
+
+class TestDiffusion:
+    @pytest.fixture
+    def objective(self) -> DiffusionObjective:
+        config = UNetConfig(
+            model_channels=32, channel_mult=(1,), attention=(0,), cross_only=(False,), res_blocks=1, context_width=6
+        )
+        return DiffusionObjective(Oracle(config), scaled_linear(), "v", latent_pictures(), [9])
+
+    def test_loss_is_the_published_one(self, objective: DiffusionObjective) -> None:
+        batch = objective.batch(16, torch.Generator().manual_seed(0))
+        objective.unet.answer = torch.full((16, 4, 8, 8), 0.25)
+        got = objective.loss(batch).double().numpy()
+        betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+        alpha2 = np.cumprod(1 - betas)[batch["timestep"].numpy()][:, None, None, None]
+        velocity = np.sqrt(alpha2) * batch["noise"].double().numpy() - np.sqrt(1 - alpha2) * batch["latents"].numpy()
+        snr = (alpha2 / (1 - alpha2))[:, 0, 0, 0]
+        want = ((velocity - 0.25) ** 2).mean(axis=(1, 2, 3)) * np.minimum(snr, 5.0) / (snr + 1)
+        assert got == pytest.approx(want, rel=1e-4)
+
+    def test_a_network_that_knows_the_answer_has_no_loss(self, objective: DiffusionObjective) -> None:
+        batch = objective.batch(4, torch.Generator().manual_seed(1))
+        alpha2 = scaled_linear().alphas_cumprod[batch["timestep"]].float()[:, None, None, None]
+        objective.unet.answer = alpha2.sqrt() * batch["noise"] - (1 - alpha2).sqrt() * batch["latents"]
+        assert float(objective(batch)["loss"]) < 1e-10
+
+    def test_batches_keep_their_promises(self, objective: DiffusionObjective) -> None:
+        batch = objective.batch(4000, torch.Generator().manual_seed(2))
+        caption = batch["states"][:, 0, 0]
+        dropped = caption == -1
+        assert float(dropped.float().mean()) == pytest.approx(0.1, abs=0.02)
+        picture = (caption // 3).long()
+        assert set(picture[~dropped].tolist()) == set(range(9)), "all pictures but the held-out one"
+        assert len(set((caption[~dropped] % 3).tolist())) == 3, "all captions"
+        latents = torch.from_numpy(objective.data.latents).float()
+        same = (batch["latents"] == latents[picture]).flatten(1).all(dim=1)
+        turned = (batch["latents"] == latents[picture].flip(-1)).flatten(1).all(dim=1)
+        odd = picture % 2 == 1
+        assert bool(same[~dropped & ~odd].all()), "pictures that must not be mirrored are not"
+        assert float(turned[~dropped & odd].float().mean()) == pytest.approx(0.5, abs=0.05)
+
+
+def test_min_snr_weights_agree_across_predictions() -> None:
+    """An error of x0 costs the same whichever way the network states it."""
+    sigma = torch.tensor([0.05, 0.3, 1.0, 14.0], dtype=torch.float64)
+    x0, eps, v = (min_snr_weight(sigma, kind) for kind in ("x0", "eps", "v"))  # type: ignore[arg-type]
+    assert torch.allclose(eps, x0 * sigma**2)
+    assert torch.allclose(v, x0 * sigma**2 / (sigma**2 + 1))
+    assert torch.allclose(x0, torch.minimum(sigma**-2, torch.tensor(5.0, dtype=torch.float64)))
