@@ -174,7 +174,9 @@ def small(size: int = 128) -> SystemConfig:
             head_width=32,
             linear_projections=True,
         ),
-        autoencoder=AutoencoderConfig(base_channels=16, channel_mult=(1, 3, 5, 8), res_blocks=1, norm_groups=1),
+        autoencoder=AutoencoderConfig(
+            base_channels=16, channel_mult=(1, 3, 5, 8), res_blocks=1, norm_groups=1, scale_factor=1.0
+        ),
         text=(TextUse(SMALL_TEXT, skip=1),),
         prediction="v",
         size=size,

@@ -32,16 +32,18 @@ def read_picture(data: bytes) -> Image.Image:
     if not data:
         raise LdmError("image: found an empty file, expected a PNG, JPEG or WebP picture")
     if len(data) > MAX_BYTES:
-        raise LdmError(f"image: found {len(data) / 2**20:.0f} MiB, expected at most 20 MiB; make the file smaller")
+        raise LdmError("image: found more than 20 MiB, expected a smaller file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Image.DecompressionBombError:
+        raise LdmError(f"image: found far more than {MAX_PIXELS} pixels, expected at most that; scale it down") from None
+    except (OSError, ValueError, SyntaxError):
         raise LdmError(f"image: found {_what(data)}, expected a PNG, JPEG or WebP picture") from None
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise LdmError(f"image: found {width}x{height}, expected at most 16 million pixels; scale it down")
+        raise LdmError(f"image: found {width}x{height}, expected at most {MAX_PIXELS} pixels; scale it down")
     try:
         image.load()
         return _flat(ImageOps.exif_transpose(image))

@@ -40,7 +40,7 @@ SCHEDULE_TITLES = {
 class Metadata:
     """What was read from a picture: other programs' text, and our record, each None where there is none.
 
-    record: {"version", "request", "model", "model_hash", "notes"}; its `request` is what `GenerateRequest.record` gave.
+    record: {"version", "request", "model", "model_hash", "dtype", "notes"}; its request as `GenerateRequest.record`.
     """
 
     parameters: str | None
@@ -62,6 +62,7 @@ def png_text(picture: Picture, model_hash: str | None = None) -> PngImagePlugin.
         "request": picture.request.record(),
         "model": picture.model,
         "model_hash": model_hash,
+        "dtype": picture.dtype,
         "notes": list(picture.notes),
     }
     info.add_text(KEYWORD, json.dumps(record))

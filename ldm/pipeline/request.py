@@ -40,13 +40,16 @@ Side = Annotated[
 Text = Annotated[str, Field(max_length=4000, description="a text of at most 4000 characters")]
 
 
+_STANDARD_ALPHABET = str.maketrans("-_", "+/")  # pydantic writes base64 as URLs have it
+
+
 def _bytes_of_base64(value: object) -> object:
     """JSON has no bytes: base64 text, also as a `data:` URL, stands for them."""
     if not isinstance(value, str):
         return value
     text = value.partition(",")[2] if value.startswith("data:") else value
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        return base64.b64decode("".join(text.split()).translate(_STANDARD_ALPHABET), validate=True)
     except ValueError:
         raise LdmError("image: found text that is not base64, expected the bytes of a picture") from None
 

@@ -53,7 +53,7 @@ class Picture:
 
     index:   its place in the request that was asked
     request: for this picture alone: its own seed, count 1, nothing left to a default
-    model:   the model's name, None if it has none
+    model:   the model's name, None if it has none; dtype: of its U-Net
     notes:   what a reader should know, a line each
     seconds: its share of the time that denoising and decoding took
     """
@@ -62,6 +62,7 @@ class Picture:
     index: int
     request: GenerateRequest
     model: str | None
+    dtype: str
     notes: tuple[str, ...]
     seconds: float
 
@@ -153,6 +154,7 @@ def _batch(model: LatentDiffusion, job: Job, first: int, count: int) -> Iterator
             index=first + index,
             request=request.model_copy(update={"seed": seed, "count": 1}),
             model=model.origin.name,
+            dtype=str(model.dtype).removeprefix("torch."),
             notes=(*job.notes, *notes),
             seconds=share + time.perf_counter() - begun,
         )

@@ -91,7 +91,7 @@ class AutoencoderObjective(nn.Module):
 
 def to_unit(pictures: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def _transformed(x: Tensor, transform: Transform) -> Tensor:

@@ -49,15 +49,14 @@ def run(name: str, output: Path | None = None, *, pictures: Path = Path("runs/da
 
 SMALL = {
     "autoencoder": LoopConfig(
-        steps=3000,
-        batch=32,
-        rate=2e-3,
+        steps=5600,
+        batch=12,
+        rate=1e-3,
         warmup=100,
+        cooldown=1400,
         ema=0.998,
         weight_decay=0.0,
         compile=True,
-        save_every=500,
-        evaluate_every=500,
     ),
     "clip": LoopConfig(
         steps=600,
@@ -73,15 +72,15 @@ SMALL = {
         log_every=10,
     ),
     "unet": LoopConfig(
-        steps=20_000,
-        batch=64,
-        rate=1e-3,
+        steps=40_000,
+        batch=32,
+        rate=8e-4,
         warmup=300,
         cooldown=1500,
         ema=0.9995,
         compile=True,
         save_every=500,
-        evaluate_every=500,
+        evaluate_every=1000,
     ),
 }
 """For two CPU cores: about half an hour, ten minutes, and as long as there is."""

@@ -32,6 +32,7 @@ from ldm.training.sheets import save_sheet
 
 log = logging.getLogger(__name__)
 
+CHECKPOINT = "ldm-small.safetensors"
 HELD_OUT_EVERY = 70
 """Every 70th picture of the packed set is never trained on: it is what the losses are watched on."""
 PREVIEW_EVERY = 2
@@ -119,7 +120,7 @@ def assemble(work: Workspace, loop: None) -> None:
     model.unet.load_state_dict(load_file(_needed(work.stage("unet") / "unet.safetensors")))
     clip = load_file(_needed(work.stage("clip") / "clip.safetensors"))
     extra = {f"cond_stage_model.model.{k}": v for k, v in clip.items() if k.startswith("visual.") or k == "logit_scale"}
-    save_checkpoint(model, work.runs / "ldm-small.safetensors", dtype=torch.float16, extra=extra)
+    save_checkpoint(model, work.runs / CHECKPOINT, dtype=torch.float16, extra=extra)
 
 
 def _shares(records: list[Record]) -> np.ndarray:

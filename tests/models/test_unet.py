@@ -236,9 +236,9 @@ def test_gradients_reach_every_parameter(randomize):
 def test_a_part_that_the_network_needs_must_be_given():
     config, _ = reduced(LAYOUTS["sdxl"])
     x, timestep, text = inputs(config, (8, 8))
-    with pytest.raises(ValueError, match="needs Conditioning.cross"):
+    with pytest.raises(ValueError, match=r"needs Conditioning\.cross"):
         UNet(config)(x, timestep, Conditioning())
-    with pytest.raises(ValueError, match="needs Conditioning.vector"):
+    with pytest.raises(ValueError, match=r"needs Conditioning\.vector"):
         UNet(config)(x, timestep, Conditioning(cross=text))
 
 

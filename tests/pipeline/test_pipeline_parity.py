@@ -38,7 +38,7 @@ TOLERANCE = 1e-3
 
 SD: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEADING = SD | {"timestep_spacing": "leading", "steps_offset": 1}
-TRAILING = SD | {"timestep_spacing": "trailing"}
+TRAILING = LEADING | {"timestep_spacing": "trailing"}
 
 # sampler, schedule, their scheduler, its settings, whether it rounds timesteps
 SOLVERS: dict[str, tuple[str, str, Any, dict[str, Any], bool]] = {
@@ -46,7 +46,7 @@ SOLVERS: dict[str, tuple[str, str, Any, dict[str, Any], bool]] = {
     "euler": ("euler", "leading", diffusers.EulerDiscreteScheduler, LEADING, False),
     "dpmpp-2m": ("dpmpp-2m", "trailing", diffusers.DPMSolverMultistepScheduler, TRAILING, False),
     "dpmpp-2m karras": (
-        "dpmpp-2m", "karras", diffusers.DPMSolverMultistepScheduler, SD | {"use_karras_sigmas": True}, True,
+        "dpmpp-2m", "karras", diffusers.DPMSolverMultistepScheduler, LEADING | {"timestep_spacing": "linspace", "use_karras_sigmas": True}, True,
     ),
     "unipc": ("unipc", "trailing", diffusers.UniPCMultistepScheduler, TRAILING, False),
 }  # fmt: skip
@@ -213,6 +213,7 @@ def their_unet(model: LatentDiffusion) -> diffusers.UNet2DConditionModel:
     heads = [config.heads_for(width) for width in widths]
     vector = config.vector_width
     unet = diffusers.UNet2DConditionModel(
+        sample_size=64,
         in_channels=config.in_channels,
         out_channels=config.out_channels,
         down_block_types=tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.attention),
@@ -220,7 +221,7 @@ def their_unet(model: LatentDiffusion) -> diffusers.UNet2DConditionModel:
         block_out_channels=tuple(widths),
         layers_per_block=config.res_blocks,
         cross_attention_dim=config.context_width,
-        transformer_layers_per_block=tuple(max(1, depth) for depth in config.attention),
+        transformer_layers_per_block=tuple(depth or config.middle_attention for depth in config.attention),
         attention_head_dim=tuple(heads),  # their name for the number of heads
         use_linear_projection=config.linear_projections,
         addition_embed_type="text_time" if vector else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ WITHOUT_TEXT = replace(
 )
 
 
+@cache
 def shapes_of(config: SystemConfig) -> dict[str, tuple[int, ...]]:
     parts = build(config).by_prefix()
     return {p + name: tuple(t.shape) for p, network in parts.items() for name, t in network.state_dict().items()}
@@ -72,12 +74,8 @@ def test_full_size_layouts_are_read_off_their_shapes(layout: str) -> None:
     assert detection.notes == ()
 
 
-@pytest.mark.parametrize("size", [lambda config: config, tiny], ids=["full", "tiny"])
-@pytest.mark.parametrize("layout", [*LAYOUTS, "without text"])
-def test_files_with_our_config_describe_themselves(layout: str, size: Callable[[SystemConfig], SystemConfig]) -> None:
-    if layout == "without text" and size is tiny:
-        pytest.skip("tiny() cuts text towers too")
-    config = size(LAYOUTS.get(layout, WITHOUT_TEXT))
+@pytest.mark.parametrize("config", [*LAYOUTS.values(), *map(tiny, LAYOUTS.values()), WITHOUT_TEXT])
+def test_files_with_our_config_describe_themselves(config: SystemConfig) -> None:
     config = replace(config, zero_terminal_snr=True, schedule="cosine", prediction="x0", size=192)
     detection = detect(header_of(shapes_of(config), told(config)))
     assert detection.config == config
@@ -99,19 +97,18 @@ def test_tiny_layouts_need_no_config(layout: str) -> None:
     assert compare(header_of(shapes_of(config)).tensors, build(found)).fits
 
 
-def test_guessed_heads_are_said() -> None:
-    detection = detect(header_of(shapes_of(tiny(sd2())), {"global_step": "875000"}))
-    assert detection.config.unet.head_width == 64  # all levels with attention but the first are 64 wide
-    assert any("attention heads is a guess" in note for note in detection.notes) == (
-        detection.config.unet.head_width != 64
-    )
+@pytest.mark.parametrize(("width", "head_width"), [(32, 32), (64, 64)])
+def test_guessed_heads_are_said(width: int, head_width: int) -> None:
+    detection = detect(header_of(shapes_of(tiny(sd2(), width)), {"global_step": "875000"}))
+    assert detection.config.unet.head_width == head_width
+    assert any("attention heads is a guess" in note for note in detection.notes) == (head_width != 64)
 
 
 # The order of evidence for the prediction type.
 
 
 def decision(metadata: Mapping[str, str], *markers: str, config: SystemConfig | None = None, **more: Any) -> Detection:
-    shapes = shapes_of(config or tiny(sd2())) | {marker: () for marker in markers}
+    shapes = shapes_of(config or tiny(sd2())) | dict.fromkeys(markers, ())
     return detect(header_of(shapes, metadata), **more)
 
 
@@ -212,8 +209,7 @@ def test_zero_terminal_snr(metadata: dict[str, str], markers: tuple[str, ...]) -
 
 def test_resolution_of_modelspec() -> None:
     for said, size in {"768x768": 768, "640x832": 512, "9x9": 512, "99999x99999": 512}.items():
-        assert decision({"modelspec.resolution": said}, config=tiny(sd1())).config.size in (size, tiny(sd1()).size)
-    assert decision({"modelspec.resolution": "768x768"}, config=tiny(sd1())).config.size == 768
+        assert decision({"modelspec.resolution": said}, config=tiny(sd1())).config.size == size
     assert decision({}, config=tiny(sd1())).config.size == 512
     assert decision({}, config=tiny(sdxl())).config.size == 1024
 
@@ -270,7 +266,7 @@ def test_other_kinds_are_named(names: list[str], kind: str) -> None:
     with pytest.raises(
         LdmError, match=r"^x\.safetensors: this is not a whole checkpoint but: .*expected U-Net"
     ) as caught:
-        detect(header_of({name: (1,) for name in names}))
+        detect(header_of(dict.fromkeys(names, (1,))))
     assert kind_of(names) in str(caught.value)
 
 
@@ -313,13 +309,13 @@ def test_parts_of_two_families_are_refused() -> None:
     assert "expects text 768 wide, its text encoder gives 1024" in refused(shapes | tower)
 
 
-@pytest.mark.parametrize("layout", ["sd1", "sd2 x4 upscaler", "sdxl"])
+@pytest.mark.parametrize("layout", ["sd1", "sdxl"])
 def test_no_missing_or_bent_tensor_crashes(layout: str) -> None:
     """With any one tensor gone or of another rank: our own error, or a comparison that does not fit."""
     config = tiny(LAYOUTS[layout])
     shapes = shapes_of(config)
     for metadata in ({"global_step": "875000"}, told(config)):
-        for name in list(shapes)[::40]:
+        for name in list(shapes)[::170]:
             for changed in (without(shapes, name), shapes | {name: ()}, shapes | {name: (0, 0)}):
                 try:
                     found = detect(header_of(changed, metadata)).config

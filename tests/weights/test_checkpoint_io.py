@@ -129,6 +129,8 @@ def plain_zip() -> bytes:
     return stream.getvalue()
 
 
+MANY = range(MAX_TENSORS + 1)
+
 BAD: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "empty file"),
     "seven bytes": (b"\x10\0\0\0\0\0\0", "incomplete: have 7 bytes"),
@@ -187,9 +189,9 @@ BAD: dict[str, tuple[bytes, str]] = {
     "metadata int": (container({"__metadata__": {"a": 1}}), "strings to strings"),
     "metadata list": (container({"__metadata__": ["a"]}), "strings to strings"),
     "metadata 10 MB": (container({"__metadata__": {"a": "x" * 10_000_000}}), f"longer than {MAX_METADATA}"),
-    "too many": (container({f"t{i}": entry("U8", [0], [0, 0]) for i in range(MAX_TENSORS + 1)}), "too many tensors: 20001"),
+    "too many": (container({f"t{i}": entry("U8", [0], [0, 0]) for i in MANY}), "too many tensors: 20001"),
     "too many, disguised": (
-        container(b"{" + b",".join(b'"t%d":{"data\\u005foffsets":[]}' % i for i in range(MAX_TENSORS + 1)) + b"}"),
+        container(b"{" + b",".join(b'"t%d":{"data\\u005foffsets":[]}' % i for i in MANY) + b"}"),
         "too many tensors: 20001",
     ),
 }  # fmt: skip

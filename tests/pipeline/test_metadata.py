@@ -1,0 +1,157 @@
+"""What pictures say about themselves, read back by us and by other programs' rules."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+from sd_parsers import ParserManager
+
+from ldm.errors import LdmError
+from ldm.models.presets import sd1, tiny
+from ldm.pipeline.latent_diffusion import LatentDiffusion, Origin
+from ldm.pipeline.load import random_system
+from ldm.pipeline.metadata import SCHEDULE_TITLES, parameters_text, read_metadata
+from ldm.pipeline.request import GenerateRequest
+from ldm.pipeline.sample import Picture
+from ldm.samplers import SAMPLERS
+
+HASH = "0123456789abcdef" * 4
+
+# The rule by which AUTOMATIC1111's web UI splits the last line, as documented for its infotext.
+A1111_SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+
+def picture(model: str | None = "ldm-small", **fields: Any) -> Picture:
+    base: dict[str, Any] = {"prompt": "a red apple", "seed": 42, "width": 128, "height": 96, "schedule": "karras"}
+    request = GenerateRequest(**base | fields)
+    return Picture(Image.new("RGB", (128, 96), "red"), 0, request, model, "float32", (), 1.0)
+
+
+@pytest.fixture(scope="module")
+def model() -> LatentDiffusion:
+    return random_system(tiny(sd1()))
+
+
+def test_parameters_text():
+    assert parameters_text(picture(), HASH) == (
+        "a red apple\n"
+        "Steps: 24, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 5, Seed: 42, Size: 128x96, "
+        "Model hash: 0123456789, Model: ldm-small, RNG: CPU, Version: ldm-0.1.0"
+    )
+
+
+def test_all_that_may_stand_there():
+    given = picture(
+        model="my, model: v2", prompt="two\nlines", negative="bad\nthings", sampler="ddim", schedule="leading", eta=0.5,
+        clip_skip=2, guidance=7.5,
+    )  # fmt: skip
+    assert parameters_text(given) == (
+        "two\nlines\nNegative prompt: bad\nthings\n"
+        "Steps: 24, Sampler: DDIM, Schedule type: DDIM, CFG scale: 7.5, Seed: 42, Size: 128x96, "
+        'Model: "my, model: v2", Clip skip: 2, RNG: CPU, Eta: 0.5, Version: ldm-0.1.0'
+    )
+
+
+def test_it_reads_as_the_web_ui_reads_it():
+    given = picture(model="a, b", negative="x")
+    *prompt, last = parameters_text(given, HASH).split("\n")
+    settings = dict(A1111_SETTING.findall(last))
+    assert prompt == ["a red apple", "Negative prompt: x"]
+    assert settings["Steps"] == "24" and settings["Seed"] == "42" and json.loads(settings["Model"]) == "a, b"
+    assert set(settings) >= {"Sampler", "Schedule type", "CFG scale", "Size", "Model hash", "Version"}
+
+
+def test_every_schedule_has_a_title():
+    from ldm.diffusion.sigmas import SCHEDULES
+
+    assert set(SCHEDULE_TITLES) == set(SCHEDULES)
+    assert {s.schedule for s in SAMPLERS.values()} <= set(SCHEDULE_TITLES)
+
+
+@pytest.mark.parametrize("prompt", ["a red apple", "日本語 🍎, (x:1.2)", "a\nb", ""])
+def test_another_program_reads_it(prompt, tmp_path):
+    path = picture(prompt=prompt, negative="ugly, blurry", guidance=6.5).save(tmp_path / "a.png", model_hash=HASH)
+    found = ParserManager().parse(path)
+    assert found is not None and found.generator.value == "AUTOMATIC1111"
+    (sampler,) = found.samplers
+    assert sampler.name == "DPM++ 2M"
+    assert sampler.parameters == {"scheduler": "Karras", "cfg_scale": "6.5", "seed": "42", "steps": "24"}
+    assert sampler.model is not None and (sampler.model.name, sampler.model.hash) == ("ldm-small", HASH[:10])
+    assert [p.value for p in sampler.prompts] == ([prompt] if prompt else [])
+    assert [p.value for p in sampler.negative_prompts] == ["ugly, blurry"]
+
+
+@pytest.mark.parametrize("prompt", ["a red apple", "日本語 🍎\n\nSteps: 3", "Negative prompt: no\nSteps: 1, a: b, c: d"])
+def test_ours_reads_back_to_the_same_picture(prompt, model, tmp_path):
+    (drawn,) = model.generate(prompt, negative="x: y", steps=2, guidance=3.0, sampler="euler-a", eta=0.5)
+    path = drawn.save(tmp_path / "a.png")
+    found = read_metadata(path)
+    request = found.request()
+    assert request == drawn.request and request.seed is not None and request.count == 1
+    assert found.record is not None and found.record["dtype"] == "float32"
+    again = model.generate(request)[0]
+    assert np.array_equal(np.asarray(again.image), np.asarray(Image.open(path)))
+
+
+def test_one_of_a_batch_reads_back_as_itself(model, tmp_path):
+    drawn = model.generate("x", steps=2, count=3, seed=7)
+    again = read_metadata(drawn[2].save(tmp_path / "a.png")).request()
+    assert again is not None and (again.seed, again.count) == (9, 1)
+    difference = np.asarray(model.generate(again)[0].image, dtype=int) - np.asarray(drawn[2].image, dtype=int)
+    assert np.abs(difference).max() <= 1  # a batch's products are summed in another order
+
+
+def test_a_picture_that_began_with_a_picture_cannot_be_remade_alone(model, tmp_path):
+    start = model.generate("x", steps=1)[0].image
+    path = model.image_to_image("y", start, steps=2)[0].save(tmp_path / "a.png")
+    found = read_metadata(path)
+    assert found.request() is None and found.record is not None
+    assert found.parameters is not None and "Denoising strength: 0.75" in found.parameters
+
+
+def test_the_model_is_named_by_its_file(model, tmp_path):
+    named = replace(model, origin=Origin(tmp_path / "My model.safetensors"))
+    assert "Model: My model," in parameters_text(named.generate("x", steps=1)[0])
+    assert "Model" not in parameters_text(model.generate("x", steps=1)[0])
+
+
+FOREIGN = {
+    "none": {},
+    "no json": {"ldm": "{"},
+    "a list": {"ldm": "[1, 2]"},
+    "no request": {"ldm": '{"version": "9"}'},
+    "deep": {"ldm": "[" * 100_000},
+    "other request": {"ldm": '{"request": "os.system"}'},
+}
+
+
+@pytest.mark.parametrize("chunks", FOREIGN.values(), ids=FOREIGN)
+def test_foreign_text_is_left_alone(chunks, tmp_path):
+    info = PngImagePlugin.PngInfo()
+    for keyword, text in chunks.items():
+        info.add_text(keyword, text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    found = read_metadata(tmp_path / "a.png")
+    assert found.parameters is None and found.record is None and found.request() is None
+
+
+def test_a_hostile_request_is_refused(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("ldm", json.dumps({"request": {"prompt": "x", "model": "../../etc/passwd"}}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    with pytest.raises(LdmError, match='"model": no such field'):
+        read_metadata(tmp_path / "a.png").request()
+
+
+def test_no_png(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"<html>")
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.jpg")
+    for name in ("a.png", "b.jpg", "missing.png"):
+        with pytest.raises(LdmError, match=f"{name}: cannot be read as a PNG picture"):
+            read_metadata(tmp_path / name)
