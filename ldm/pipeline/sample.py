@@ -191,7 +191,7 @@ def decode(autoencoder: AutoencoderKL, latents: Tensor) -> tuple[Tensor, tuple[s
     if not torch.isfinite(pixels).all():
         raise LdmError("autoencoder: the decoded picture is not finite; its part of the file is damaged")
     pixels = pixels.clamp(-1, 1)
-    if bool((pixels.flatten(1).std(dim=1) < 2 / 255).any()):
+    if bool((pixels.flatten(2).std(dim=2) < 2 / 255).all(dim=1).any()):
         notes = (*notes, "the picture is of one colour")
     return pixels, notes
 

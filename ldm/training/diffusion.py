@@ -6,6 +6,7 @@ Ho et al. 2020, eq. 14; Salimans & Ho 2022 (v); Hang et al. 2023 (min-SNR); Ho &
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +23,19 @@ from ldm.types import Conditioning
 Preview = Callable[[UNet, Path], None]
 
 
+@dataclass(frozen=True)
 class LatentPictures:
-    """What the network is trained on, encoded once: latents (N, C, h, w) and text states of every caption.
+    """What the network is trained on, encoded once.
 
-    first[i] .. first[i + 1] are the rows of `states` (captions, tokens, width) that describe picture i.
+    latents: (N, C, h, w); flips: (N,) bool, may picture i be mirrored; states: (M, tokens, width), of all captions;
+    first[i] .. first[i + 1] are the rows of `states` that describe picture i; empty: (tokens, width), of no caption.
     """
 
-    def __init__(
-        self, latents: np.ndarray, mirrored: np.ndarray, states: np.ndarray, first: np.ndarray, empty: np.ndarray
-    ) -> None:
-        """mirrored: latents of the mirrored pictures, NaN in the first entry where a picture must not be mirrored."""
-        self.latents, self.mirrored, self.states, self.first, self.empty = latents, mirrored, states, first, empty
+    latents: np.ndarray
+    flips: np.ndarray
+    states: np.ndarray
+    first: np.ndarray
+    empty: np.ndarray
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -74,8 +77,7 @@ class DiffusionObjective(nn.Module):
         draw = torch.rand(len(chosen), 3, generator=generator).tolist()
         latents, states = [], []
         for i, (mirror, caption, leave_out) in zip(chosen, draw, strict=True):
-            flip = mirror < 0.5 and not np.isnan(data.mirrored[i, 0, 0, 0])
-            latents.append(data.mirrored[i] if flip else data.latents[i])
+            latents.append(data.latents[i, ..., ::-1] if data.flips[i] and mirror < 0.5 else data.latents[i])
             first, last = data.first[i], data.first[i + 1]
             row = first + int(caption * (last - first))
             states.append(data.empty if leave_out < drop else data.states[row])

@@ -1,8 +1,8 @@
 """What the diffusion stage is trained on, worked out once: latents of all pictures, text states of all captions.
 
-FOLDER/latents.npy   float16 (N, z, h, w)      FOLDER/mirrored.npy  the same of the mirrored pictures
-FOLDER/states.npy    float16 (M, 77, D)        FOLDER/first.npy     int64 (N + 1,), captions of picture i
-FOLDER/empty.npy     float16 (77, D)           autoencoder.safetensors, text.safetensors: what made them
+FOLDER/latents.npy   float16 (N, z, h, w)   FOLDER/flips.npy   bool (N,), may picture i be mirrored
+FOLDER/states.npy    float16 (M, 77, D)     FOLDER/first.npy   int64 (N + 1,), captions of picture i
+FOLDER/empty.npy     float16 (77, D), the states of no caption
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ldm.data.records import Record, may_flip
 from ldm.models.autoencoder import AutoencoderKL
@@ -49,29 +48,21 @@ def centre_latents(autoencoder: AutoencoderKL, pictures: np.ndarray) -> None:
 def encode_pictures(
     autoencoder: AutoencoderKL, pictures: np.ndarray, records: Sequence[Record], folder: Path, batch: int = 64
 ) -> None:
-    """Write latents.npy and mirrored.npy; the latter is NaN where a picture must not be mirrored."""
+    """Write latents.npy and flips.npy.
+
+    Mirrored pictures are not encoded: the first stage was trained so that a mirrored latent decodes to one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     side = pictures.shape[1] // autoencoder.config.downsampling
     shape = (len(pictures), autoencoder.config.latent_channels, side, side)
     latents = np.lib.format.open_memmap(folder / "latents.npy", mode="w+", dtype=np.float16, shape=shape)
-    mirrored = np.lib.format.open_memmap(folder / "mirrored.npy", mode="w+", dtype=np.float16, shape=shape)
-    flips = np.array([may_flip(record) for record in records])
     for start in range(0, len(pictures), batch):
-        rows = slice(start, start + batch)
-        images = to_unit(pictures[rows])
-        latents[rows] = _encode(autoencoder, images)
-        mirrored[rows] = np.nan
-        here = np.flatnonzero(flips[rows])
-        if len(here):
-            mirrored[start + here] = _encode(autoencoder, images[here].flip(-1))
+        images = to_unit(pictures[start : start + batch]).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            latents[start : start + batch] = autoencoder.encode(images).float().numpy()
         if start % (batch * 50) == 0:
             log.info("encoded %d of %d pictures", start, len(pictures))
-
-
-def _encode(autoencoder: AutoencoderKL, images: Tensor) -> np.ndarray:
-    images = images.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(images.device.type, torch.bfloat16):
-        return autoencoder.encode(images).float().numpy().astype(np.float16)
+    np.save(folder / "flips.npy", np.array([may_flip(record) for record in records]))
 
 
 @torch.no_grad()
@@ -98,8 +89,8 @@ def _states(tower: TextTower, use: TextUse, texts: Sequence[str]) -> np.ndarray:
 
 def open_latents(folder: Path) -> LatentPictures:
     """What `encode_pictures` and `encode_captions` wrote, mapped into memory."""
-    latents, mirrored, first, empty = (np.load(folder / f"{n}.npy") for n in ("latents", "mirrored", "first", "empty"))
-    return LatentPictures(latents, mirrored, np.load(folder / "states.npy", mmap_mode="r"), first, empty)
+    latents, flips, first, empty = (np.load(folder / f"{name}.npy") for name in ("latents", "flips", "first", "empty"))
+    return LatentPictures(latents, flips, np.load(folder / "states.npy", mmap_mode="r"), first, empty)
 
 
 def _parts(pictures: np.ndarray, size: int) -> list[np.ndarray]:

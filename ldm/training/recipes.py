@@ -59,7 +59,7 @@ SMALL = {
         compile=True,
     ),
     "clip": LoopConfig(
-        steps=600,
+        steps=300,
         batch=256,
         rate=1e-3,
         warmup=60,
@@ -83,7 +83,7 @@ SMALL = {
         evaluate_every=1000,
     ),
 }
-"""For two CPU cores: about half an hour, ten minutes, and as long as there is."""
+"""For two CPU cores: about twenty minutes, ten minutes, and as long as there is."""
 
 GPU = {
     "autoencoder": LoopConfig(

@@ -24,7 +24,11 @@ CONFIGS = {
     ),
     "wide latent, shifted": AutoencoderConfig(8, (1, 3), 1, latent_channels=16, norm_groups=2, shift_factor=0.1),
 }
-TOLERANCE = 1e-4
+CASES = [
+    pytest.param((32, 24), torch.float32, 1e-4, id="float32"),
+    pytest.param((37, 29), torch.float32, 1e-4, id="float32, odd sides"),
+    pytest.param((16, 24), torch.float64, 1e-8, id="float64"),  # shows what float32 hides, such as the eps of a norm
+]
 
 
 def diffusers_config(config: AutoencoderConfig) -> dict[str, Any]:
@@ -48,20 +52,21 @@ def converted(autoencoder: AutoencoderKL, config: dict[str, Any]) -> dict[str, T
     return convert_ldm_vae_checkpoint(checkpoint, config)
 
 
-@pytest.mark.parametrize("side", [(32, 24), (37, 29)], ids=lambda side: "{}x{}".format(*side))
+@pytest.mark.parametrize(("side", "dtype", "tolerance"), CASES)
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.inference_mode()
-def test_moments_and_pictures_equal_diffusers(name, side, randomize, relative_error):
+def test_moments_and_pictures_equal_diffusers(name, side, dtype, tolerance, randomize, relative_error):
     config = CONFIGS[name]
-    ours, theirs = randomize(AutoencoderKL(config)), DiffusersAutoencoderKL(**diffusers_config(config)).eval()
+    ours = randomize(AutoencoderKL(config)).to(dtype)
+    theirs = DiffusersAutoencoderKL(**diffusers_config(config)).eval().to(dtype)
     theirs.load_state_dict(converted(ours, diffusers_config(config)))
     generator = torch.Generator().manual_seed(1)
-    images = torch.rand(2, config.image_channels, *side, generator=generator) * 2 - 1
+    images = torch.rand(2, config.image_channels, *side, generator=generator).to(dtype) * 2 - 1
     posterior, expected = ours.posterior(images), theirs.encode(images).latent_dist
-    assert relative_error(posterior.mean, expected.mean) < TOLERANCE
-    assert relative_error(posterior.log_variance, expected.logvar) < TOLERANCE
-    z = torch.randn(posterior.mean.shape, generator=generator)
-    assert relative_error(ours.reconstruct(z), theirs.decode(z).sample) < TOLERANCE
+    assert relative_error(posterior.mean, expected.mean) < tolerance
+    assert relative_error(posterior.log_variance, expected.logvar) < tolerance
+    z = torch.randn(posterior.mean.shape, generator=generator).to(dtype)
+    assert relative_error(ours.reconstruct(z), theirs.decode(z).sample) < tolerance
 
 
 def published(widths: tuple[int, ...]) -> dict[str, Any]:

@@ -16,7 +16,10 @@ from ldm.models.tokenizer import END, tokenize
 OPEN_CLIP = TextConfig(32, 3, 2, projection=24, names="open_clip", activation="gelu")
 HUGGING_FACE = TextConfig(32, 3, 2)
 TEXTS = ("", "a red apple", "a blue bird and a big green tree under the sky " * 9)
-TOLERANCE = 1e-4
+PRECISIONS = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-8)], ids=["float32", "float64"]
+)
+"""The second shows what float32 hides, such as the eps of a norm."""
 
 
 @pytest.fixture(params=[0, END], ids=["padded with 0", "padded with the end"])
@@ -52,11 +55,12 @@ def on_disk(model: CLIPTextModel) -> dict[str, Tensor]:
     return {f"text_model.{name.removeprefix('text_model.')}": t for name, t in model.state_dict().items()}
 
 
+@PRECISIONS
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 @torch.inference_mode()
-def test_open_clip_tower_equals_open_clip(activation, ids, randomize, relative_error):
+def test_open_clip_tower_equals_open_clip(activation, ids, dtype, tolerance, randomize, relative_error):
     config = TextConfig(32, 3, 2, projection=24, names="open_clip", activation=activation)
-    theirs, ours = randomize(open_clip_model(config)), OpenCLIPText(config)
+    theirs, ours = randomize(open_clip_model(config)).to(dtype), OpenCLIPText(config).to(dtype)
     ours.load_state_dict(text_part(theirs))
     expected = theirs.encode_text(ids)
     for final_norm in (True, False):
@@ -64,37 +68,40 @@ def test_open_clip_tower_equals_open_clip(activation, ids, randomize, relative_e
         assert len(states) == config.layers
         for skip in range(config.layers):
             encoded = ours(ids, skip, final_norm, pooled=True)
-            assert relative_error(encoded.states, states[-1 - skip]) < TOLERANCE
-            assert encoded.pooled is not None and relative_error(encoded.pooled, expected) < TOLERANCE
+            assert relative_error(encoded.states, states[-1 - skip]) < tolerance
+            assert encoded.pooled is not None and relative_error(encoded.pooled, expected) < tolerance
 
 
+@PRECISIONS
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 @torch.inference_mode()
-def test_clip_tower_equals_transformers(activation, ids, randomize, relative_error):
+def test_clip_tower_equals_transformers(activation, ids, dtype, tolerance, randomize, relative_error):
     config = TextConfig(32, 3, 2, activation=activation)
-    theirs, ours = randomize(CLIPTextModel(hugging_face_config(config))), CLIPText(config)
+    theirs, ours = randomize(CLIPTextModel(hugging_face_config(config))).to(dtype), CLIPText(config).to(dtype)
     ours.load_state_dict(on_disk(theirs))
     expected = theirs(ids, output_hidden_states=True)
-    assert relative_error(ours(ids).states, expected.last_hidden_state) < TOLERANCE
+    assert relative_error(ours(ids).states, expected.last_hidden_state) < tolerance
     for skip in range(config.layers):
         raw = expected.hidden_states[-1 - skip]
         encoded = ours(ids, skip, final_norm=False, pooled=True)
-        assert relative_error(encoded.states, raw) < TOLERANCE
-        assert relative_error(ours(ids, skip).states, theirs.final_layer_norm(raw)) < TOLERANCE
-        assert encoded.pooled is not None and relative_error(encoded.pooled, expected.pooler_output) < TOLERANCE
+        assert relative_error(encoded.states, raw) < tolerance
+        assert relative_error(ours(ids, skip).states, theirs.final_layer_norm(raw)) < tolerance
+        assert encoded.pooled is not None and relative_error(encoded.pooled, expected.pooler_output) < tolerance
 
 
+@PRECISIONS
 @torch.inference_mode()
-def test_open_clip_tower_equals_the_projected_tower_of_diffusers(ids, randomize, relative_error):
+def test_open_clip_tower_equals_the_projected_tower_of_diffusers(ids, dtype, tolerance, randomize, relative_error):
     """SDXL's second tower: diffusers holds it as transformers' CLIPTextModelWithProjection."""
     config = TextConfig(32, 3, 2, projection=32, names="open_clip", activation="gelu")
-    ours, theirs = randomize(OpenCLIPText(config)), CLIPTextModelWithProjection(hugging_face_config(config)).eval()
+    ours = randomize(OpenCLIPText(config)).to(dtype)
+    theirs = CLIPTextModelWithProjection(hugging_face_config(config)).eval().to(dtype)
     prefix = "conditioner.embedders.1.model."
     checkpoint = {prefix + name: tensor for name, tensor in ours.state_dict().items()}
     theirs.load_state_dict(convert_open_clip_checkpoint(theirs, checkpoint, prefix=prefix))
     expected, encoded = theirs(ids, output_hidden_states=True), ours(ids, skip=1, final_norm=False, pooled=True)
-    assert relative_error(encoded.states, expected.hidden_states[-2]) < TOLERANCE
-    assert encoded.pooled is not None and relative_error(encoded.pooled, expected.text_embeds) < TOLERANCE
+    assert relative_error(encoded.states, expected.hidden_states[-2]) < tolerance
+    assert encoded.pooled is not None and relative_error(encoded.pooled, expected.text_embeds) < tolerance
 
 
 def shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:

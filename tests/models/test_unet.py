@@ -20,8 +20,12 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.types import Conditioning
 
 WIDTH = 32
-SIZES = [(16, 16), (9, 13)]
 TOLERANCE = 1e-4
+CASES = [
+    pytest.param((16, 16), torch.float32, TOLERANCE, id="float32"),
+    pytest.param((9, 13), torch.float32, TOLERANCE, id="float32, odd sides"),
+    pytest.param((6, 9), torch.float64, 1e-6, id="float64"),  # shows what float32 hides, such as the eps of a norm
+]
 
 
 @dataclass(frozen=True)
@@ -113,35 +117,38 @@ def converted(unet: UNet, config: dict[str, Any]) -> dict[str, Tensor]:
     return convert_ldm_unet_checkpoint(checkpoint, {"layers_per_block": 2, "class_embed_type": None, **config})
 
 
-def inputs(config: UNetConfig, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    config: UNetConfig, size: tuple[int, int], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     """A noisy latent with all input channels, two timesteps, one of them between two whole ones, and text states."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, config.in_channels, *size, generator=generator)
-    return x, torch.tensor([17.0, 801.5]), torch.randn(2, 7, config.context_width or 1, generator=generator)
+    text = torch.randn(2, 7, config.context_width or 1, generator=generator)
+    return x.to(dtype), torch.tensor([17.0, 801.5]), text.to(dtype)
 
 
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: "{}x{}".format(*size))
+@pytest.mark.parametrize(("size", "dtype", "tolerance"), CASES)
 @pytest.mark.parametrize("name", LAYOUTS)
 @torch.inference_mode()
-def test_output_equals_diffusers(name, size, randomize, relative_error):
+def test_output_equals_diffusers(name, size, dtype, tolerance, randomize, relative_error):
     layout = LAYOUTS[name]
     config, theirs_config = reduced(layout)
-    ours, theirs = randomize(UNet(config)), UNet2DConditionModel(**theirs_config).eval()
+    ours, theirs = randomize(UNet(config)).to(dtype), UNet2DConditionModel(**theirs_config).eval().to(dtype)
     theirs.load_state_dict(converted(ours, theirs_config))
-    x, timestep, text = inputs(config, size)
+    x, timestep, text = inputs(config, size, dtype)
     vector, told = None, {}
     if config.classes is not None:
         vector = torch.tensor([20, 350])
         told = {"class_labels": vector}
     elif config.vector_width is not None:
-        pooled = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(2))
+        pooled = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(2)).to(dtype)
         numbers = torch.tensor([[1024.0, 768, 0, 16, 1024, 768][: layout.system.sizes_in_vector]]).repeat(2, 1)
         features = get_timestep_embedding(numbers.flatten(), 256, flip_sin_to_cos=True, downscale_freq_shift=0)
         vector = torch.cat([pooled, features.view(2, -1)], dim=1)
         told = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": numbers}}
     extra = x[:, config.out_channels :] if config.in_channels > config.out_channels else None
     output = ours(x[:, : config.out_channels], timestep, Conditioning(cross=text, vector=vector, concat=extra))
-    assert relative_error(output, theirs(x, timestep, text, **told).sample) < TOLERANCE
+    assert relative_error(output, theirs(x, timestep, text, **told).sample) < tolerance
 
 
 @torch.inference_mode()
@@ -163,9 +170,10 @@ def test_control_residuals_go_where_diffusers_adds_them(randomize, relative_erro
     assert relative_error(output, ours(x, timestep, Conditioning(cross=text))) > 0.1
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, TOLERANCE), (torch.float64, 1e-6)])
 @pytest.mark.parametrize("classes", [None, 10])
 @torch.inference_mode()
-def test_network_without_text_equals_diffusers(classes, randomize, relative_error):
+def test_network_without_text_equals_diffusers(classes, dtype, tolerance, randomize, relative_error):
     config = UNetConfig(
         in_channels=3,
         out_channels=3,
@@ -184,14 +192,15 @@ def test_network_without_text_equals_diffusers(classes, randomize, relative_erro
         up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=16,
         num_class_embeds=classes,
-    ).eval()
-    ours = randomize(UNet(config))
+    )
+    theirs = theirs.eval().to(dtype)
+    ours = randomize(UNet(config)).to(dtype)
     tensors = converted(ours, {"num_class_embeds": classes})
     theirs.load_state_dict(with_separate_projections(tensors, head_width=16))
-    x, timestep, _ = inputs(config, (16, 24))
+    x, timestep, _ = inputs(config, (16, 24), dtype)
     labels = None if classes is None else torch.tensor([3, 9])
     output = ours(x, timestep, Conditioning(vector=labels))
-    assert relative_error(output, theirs(x, timestep, class_labels=labels).sample) < TOLERANCE
+    assert relative_error(output, theirs(x, timestep, class_labels=labels).sample) < tolerance
 
 
 def with_separate_projections(tensors: dict[str, Tensor], head_width: int) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from ldm.models.presets import sd1, tiny
 from ldm.pipeline import sample
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import random_system
-from ldm.pipeline.request import GenerateRequest, SamplerName
+from ldm.pipeline.request import GenerateRequest, SamplerName, ScheduleName
 from ldm.pipeline.sample import Picture, Progress, batch_size, decode, is_out_of_memory
 from ldm.samplers import SAMPLERS
 from ldm.tasks import run
@@ -131,7 +131,7 @@ def test_a_picture_of_one_colour_is_flagged(model):
     assert model.generate("x", steps=1)[0].notes == ()
 
 
-@pytest.mark.parametrize("call", [1, 2, 5])
+@pytest.mark.parametrize("call", [1, 2])
 def test_out_of_memory_halves_the_batch(call, model):
     """At whichever network call it happens, every picture comes once, and is the one it would have been."""
     wanted = {"steps": 2, "count": 5, "seed": 3, "sampler": "euler"}
@@ -187,10 +187,16 @@ def test_many_pictures_are_drawn_in_batches(model, monkeypatch):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("steps", [1, 2, 3])
-def test_every_sampler_at_few_steps(sampler: SamplerName, steps, model):
-    for schedule in (None, *SCHEDULES):
-        (picture,) = model.generate("x", sampler=sampler, steps=steps, schedule=schedule, seed=0)
+def test_every_sampler_at_few_steps(sampler: SamplerName, model):
+    for steps in (1, 2, 3):
+        (picture,) = model.generate("x", sampler=sampler, steps=steps, seed=0)
+        assert picture.image.size == (64, 64) and picture.notes == ()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_at_few_steps(schedule: ScheduleName, model):
+    for steps in (1, 2, 3):
+        (picture,) = model.generate("x", schedule=schedule, steps=steps, seed=0)
         assert picture.image.size == (64, 64) and picture.notes == ()
 
 
