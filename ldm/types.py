@@ -46,7 +46,7 @@ class Conditioning:
         """Each row `times` times in a row: (B, ...) -> (B * times, ...)."""
         return self.map(lambda t: t.repeat_interleave(times, dim=0))
 
-    def with_(self, **parts: Tensor | None | tuple[Tensor, ...]) -> Conditioning:
+    def with_(self, **parts: Tensor | tuple[Tensor, ...] | None) -> Conditioning:
         """A copy with some parts replaced."""
         return replace(self, **parts)
 

@@ -15,6 +15,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixe
 
 from ldm import __version__
 from ldm.apps.options import Command, Generate, Img2Img, Info, Sheet, Train
+from ldm.apps.progress import to_stderr
 from ldm.errors import LdmError
 
 DESCRIPTION = f"""Pictures from text by latent diffusion: ldm generate "a red apple". Version {__version__}."""
@@ -34,9 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     except LdmError as error:
-        return _fail(str(error), 2)
+        to_stderr(str(error))
+        return 2
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        to_stderr("interrupted")
+        return 130
     except BrokenPipeError:  # the reader of our output left: leave too, without a word
         sys.stdout = open(os.devnull, "w")  # for what is flushed at exit
         return 141
@@ -61,7 +64,7 @@ def _dispatch(command: Command) -> None:
         case Info():
             from ldm.apps.info import info
 
-            info(command.file, as_json=command.json)
+            info(command.file, as_json=command.json, deep=command.deep)
         case Sheet():
             from ldm.apps.sheet import sheet
 
@@ -107,11 +110,6 @@ def _one_line(box: str) -> str:
     available = next((part for part in parts if part.startswith("Available subcommands")), "")
     hints = [f"did you mean {suggested[1]}?" if suggested else "", available, "see ldm --help"]
     return "; ".join(part for part in [what, *hints] if part)
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"ldm: {message}", file=sys.stderr)
-    return code
 
 
 def _mend_streams() -> None:

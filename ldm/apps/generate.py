@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from ldm.apps.options import Generate, Img2Img, Model, Prompts, Sampling
-from ldm.apps.progress import Bar, Stopwatch, progress_bar
+from ldm.apps.progress import Bar, Stopwatch, progress_bar, to_stderr
 from ldm.errors import LdmError
 from ldm.pipeline.files import check_output, output_path, read_file
-from ldm.pipeline.request import GenerateRequest
+from ldm.pipeline.request import GenerateRequest, shown
 
 if TYPE_CHECKING:
     from ldm.pipeline.latent_diffusion import LatentDiffusion
@@ -32,7 +31,7 @@ def generate(command: Generate | Img2Img) -> None:
     with progress_bar(sum(request.count for request in requests)) as bar:
         model = load_model(command.model, watch)
         for rule in model.origin.rules if command.output.verbose else ():
-            _note(f"model: {rule}")
+            to_stderr(f"model: {rule}")
         model_hash = _hash_in_background(model.origin.path)
         done = 0
         for request in requests:
@@ -43,7 +42,7 @@ def generate(command: Generate | Img2Img) -> None:
                 bar.say(_line(picture, path, command.output.json))
             done += request.count
     if command.output.verbose:
-        _note(f"time: {watch}")
+        to_stderr(f"time: {watch}")
 
 
 def requests_of(command: Generate | Img2Img) -> list[GenerateRequest]:
@@ -79,7 +78,7 @@ def load_model(model: Model, watch: Stopwatch) -> LatentDiffusion:
     watch.mark("imports")
     loaded = load(model.file, device=model.device, dtype=model.dtype)
     for warning in loaded.origin.warnings:
-        _note(f"warning: {warning}")
+        to_stderr(f"warning: {warning}")
     watch.mark("loading")
     return loaded
 
@@ -97,7 +96,7 @@ def draw(model: LatentDiffusion, request: GenerateRequest, bar: Bar, watch: Stop
             continue
         watch.mark("decoding")
         for note in event.notes:
-            _note(f"note: {note}")
+            to_stderr(f"note: {note}")
         yield event
 
 
@@ -120,7 +119,7 @@ def _size(text: str) -> tuple[int | None, int | None]:
         return None, None
     sides = text.lower().replace("×", "x").split("x")
     if len(sides) > 2 or not all(side.isascii() and side.isdigit() and len(side) < 10 for side in sides):
-        raise LdmError(f"size: found {json.dumps(text)}, expected WIDTHxHEIGHT, as 128x128")
+        raise LdmError(f"size: found {shown(text)}, expected WIDTHxHEIGHT, as 128x128")
     return int(sides[0]), int(sides[-1])
 
 
@@ -146,9 +145,6 @@ def _line(picture: Picture, path: Path, as_json: bool) -> str:
     facts = {"path": str(path), "seed": request.seed, "seconds": round(picture.seconds, 3), "prompt": request.prompt}
     return json.dumps(facts | {"width": request.width, "height": request.height, "notes": list(picture.notes)})
 
-
-def _note(text: str) -> None:
-    print(f"ldm: {text}", file=sys.stderr)
 
 
 def _shortened(prompt: str) -> str:

@@ -153,8 +153,8 @@ def _rows(report: FileReport) -> Iterable[tuple[str, str]]:
     if report.deep:
         yield from _deep_rows(report.deep)
     told = {key: value for key, value in report.metadata.items() if key != CONFIG_KEY}
-    for key, value in list(told.items())[:SHOWN]:
-        yield _cut(key, 40), _cut(value, 100)
+    for key in sorted(told, key=lambda key: (not key.startswith("modelspec."), key))[:SHOWN]:
+        yield _cut(key, 40), _cut(told[key], 100)
     if len(told) > SHOWN:
         yield "more metadata", f"{len(told) - SHOWN} entries (see --json)"
 
@@ -173,7 +173,7 @@ def _system_rows(system: System) -> Iterable[tuple[str, str]]:
 def _deep_rows(deep: DeepReport) -> Iterable[tuple[str, str]]:
     yield "model hash", f"{deep.sha256[:10]} (sha256 {deep.sha256})"
     verdicts = {True: "agrees with its numbers", False: "DOES NOT AGREE with its numbers", None: "none in the file"}
-    yield HASH, verdicts[deep.hash_agrees]
+    yield "hash in the file", verdicts[deep.hash_agrees]
     yield "not finite", _some(deep.non_finite) if deep.non_finite else "none"
     if deep.all_zero:
         yield "all zero", _some(deep.all_zero)

@@ -71,7 +71,7 @@ class Output:
 class Prompts:
     """What to draw."""
 
-    prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT", help_behavior_hint="")] = ()
+    prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT", help_behavior_hint="")]
     """What to draw. Several prompts give a picture each."""
     prompt_file: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """More prompts, one a line."""
@@ -85,7 +85,7 @@ class Prompts:
 class Generate:
     """Draw pictures from text."""
 
-    prompts: Prompts = field(default_factory=Prompts)
+    prompts: Prompts
     output: Output = field(default_factory=Output)
     model: Model = field(default_factory=Model)
     sampling: Sampling = field(default_factory=Sampling)
@@ -95,11 +95,11 @@ class Generate:
 class Img2Img:
     """Redraw a picture towards a text."""
 
+    prompts: Prompts
     image: Annotated[Path, arg(metavar="FILE")]
     """The PNG, JPEG or WebP picture to start from."""
     strength: Annotated[float, arg(metavar="X")] = DEFAULT_STRENGTH
     """The share of the steps that are run: near 0 keeps the picture, 1 forgets most of it."""
-    prompts: Prompts = field(default_factory=Prompts)
     output: Output = field(default_factory=Output)
     model: Model = field(default_factory=Model)
     sampling: Sampling = field(default_factory=Sampling)
@@ -113,6 +113,8 @@ class Info:
     """A .safetensors file."""
     json: bool = False
     """Print a JSON object."""
+    deep: bool = False
+    """Also read all the numbers: the file's hash, and whether they are finite."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 
+def to_stderr(text: str) -> None:
+    """Say something that is no result, in one line whatever is in it."""
+    line = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
+    print(f"ldm: {line}", file=sys.stderr)
+
+
 @dataclass
 class Stopwatch:
     """Seconds by activity: each call of `mark` gives the time since the last one to a name."""

@@ -161,7 +161,7 @@ def sdxl_refiner() -> SystemConfig:
 
 
 def small(size: int = 128) -> SystemConfig:
-    """The model that ships with this package: about 46 M parameters, trained on drawn pictures."""
+    """The model that ships with this package: about 42 M parameters, trained on drawn pictures."""
     return SystemConfig(
         family="ldm",
         unet=UNetConfig(

@@ -44,8 +44,8 @@ def word_ids(text: str) -> list[int]:
 
 def _clean(text: str) -> str:
     """Mend Unicode and HTML entities, join white space, lower the case, as CLIP's training texts were."""
-    if not (text.isascii() and text.isprintable()) or "&" in text:  # nothing to mend in the rest: spare the import
-        import ftfy
+    if not text.isascii() or not text.isprintable() or "&" in text:
+        import ftfy  # here, since most prompts need no mending
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
@@ -53,7 +53,7 @@ def _clean(text: str) -> str:
 
 @functools.lru_cache(maxsize=65_536)
 def _piece_ids(piece: str) -> tuple[int, ...]:
-    """One piece -> ids: its bytes, neighbours merged for as long as a pair is in the table, its earliest pair first."""
+    """One piece -> ids: its bytes, neighbours merged while the table has such a pair, the earliest pair first."""
     ids, ranks, alphabet = _tables()
     if piece in _MARKS:
         return (ids[piece],)

@@ -175,7 +175,7 @@ def from_json(text: str | bytes) -> GenerateRequest:
     except (ValueError, RecursionError) as error:
         raise LdmError(f"request: found no valid JSON ({error}), expected an object") from None
     if not isinstance(data, dict):
-        raise LdmError(f"request: found {_shown(data)}, expected a JSON object")
+        raise LdmError(f"request: found {shown(data)}, expected a JSON object")
     return GenerateRequest(**data)
 
 
@@ -183,7 +183,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise LdmError(f"request: found the field {_shown(name)} twice, expected it once")
+            raise LdmError(f"request: found the field {shown(name)} twice, expected it once")
         found[name] = value
     return found
 
@@ -198,17 +198,17 @@ def _describe(error: ValidationError) -> str:
     name, found = str(fault["loc"][0]) if fault["loc"] else "request", fault["input"]
     fields = GenerateRequest.model_fields
     if fault["type"] == "extra_forbidden":
-        return f"{_shown(name)}: no such field{_closest(name, list(fields))}; the fields are {', '.join(fields)}"
+        return f"{shown(name)}: no such field{_closest(name, list(fields))}; the fields are {', '.join(fields)}"
     if fault["type"] == "missing":
         return f"{name}: found none, expected {fields[name].description}"
     if fault["type"] == "literal_error":
-        return f"{name}: found {_shown(found)}, expected one of {_choices(name)}{_closest(str(found), _names(name))}"
+        return f"{name}: found {shown(found)}, expected one of {_choices(name)}{_closest(str(found), _names(name))}"
     if fault["type"] == "string_too_long":
         return f"{name}: found {len(found)} characters, expected {_expected(name)}; shorten it"
     if fault["type"] == "string_unicode":
         return f"{name}: found characters that are not valid Unicode, expected {_expected(name)}"
     hint = f"; the nearest is {_nearest(found)}" if fault["type"] == "multiple_of" else ""
-    return f"{name}: found {_shown(found)}, expected {_expected(name)}{hint}"
+    return f"{name}: found {shown(found)}, expected {_expected(name)}{hint}"
 
 
 def _expected(name: str) -> str:
@@ -239,8 +239,8 @@ def _nearest(side: int) -> int:
     return min(2048, max(64, 8 * round(side / 8)))
 
 
-def _shown(value: object) -> str:
-    """A value as one short, harmless line."""
+def shown(value: object) -> str:
+    """A value as one short, harmless line, for messages."""
     if isinstance(value, bytes):
         return f"{len(value)} bytes"
     if isinstance(value, int) and abs(value) > 10**50:

@@ -199,11 +199,10 @@ def _check_widths(config: SystemConfig) -> None:
             f"its U-Net expects text {config.unet.context_width} wide, its text encoder gives {width}: two families"
         )
     pooled = [use.tower.projection or use.tower.width for use in config.text if use.pooled]
-    vector = sum(pooled) + 256 * config.sizes_in_vector if pooled else None
-    if config.unet.vector_width != vector:
-        raise LdmError(
-            f"its U-Net expects {config.unet.vector_width} numbers beside the text, {config.family} gives {vector}"
-        )
+    vector = sum(pooled) + 256 * config.sizes_in_vector
+    found = config.unet.vector_width or 0
+    if found != vector:
+        raise LdmError(f"its U-Net expects {found} numbers beside the text, {config.family} gives {vector}")
 
 
 def _native_size(metadata: Mapping[str, str], config: SystemConfig) -> int:
