@@ -39,6 +39,8 @@ def test_generating_opens_no_socket(tiny_file, tmp_path):
 
 
 def test_the_block_works():
-    probe = BLOCKED.replace("from ldm.apps.cli import main\n", "").replace("sys.exit(main(sys.argv[1:]))", "socket.socket()")
+    probe = BLOCKED.replace("from ldm.apps.cli import main\n", "").replace(
+        "sys.exit(main(sys.argv[1:]))", "socket.socket()"
+    )
     answer = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
     assert answer.returncode == 1 and "a socket was asked for" in answer.stderr

@@ -1,14 +1,16 @@
-"""The `ldm` command: parse, call, answer. Errors are one line and exit code 2; torch is imported by the commands only."""
+"""The `ldm` command: parse, call, answer. Errors are one line and exit code 2; only the commands import torch."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, assert_never
+from pathlib import Path
+from typing import Annotated, Any, TextIO, assert_never
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         to_stderr("interrupted")
         return 130
     except BrokenPipeError:  # the reader of our output left: leave too, without a word
-        sys.stdout = open(os.devnull, "w")  # for what is flushed at exit
+        sys.stdout = _nowhere()  # for what is flushed at exit
         return 141
 
 
@@ -70,9 +72,10 @@ def _dispatch(command: Command) -> None:
 
             sheet(command)
         case Train():
-            from ldm.training import run
+            from ldm.training.recipes import run
 
-            run(command.recipe, command.output)
+            logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+            run(command.recipe, command.output, pictures=command.pictures, steps=command.steps)
         case other:
             assert_never(other)
 
@@ -103,7 +106,9 @@ def _one_line(box: str) -> str:
     if not box.startswith("╭"):  # where the terminal has no such characters, the title is a part of its own
         del parts[0]
     what = parts[0].partition(" Got errors:")[0].removeprefix("Error parsing ").rstrip(".")
-    what = re.sub(r"no type matching \{None\}\|(\w+) could be instantiated from \[(.*)\]", r"found \2, expected \1", what)
+    what = re.sub(
+        r"no type matching \{None\}\|(\w+) could be instantiated from \[(.*)\]", r"found \2, expected \1", what
+    )
     what = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"found \1, expected a whole number", what)
     what = re.sub(r"could not convert string to float: (.*)", r"found \1, expected a number", what)
     suggested = re.search(r"Perhaps you meant: .*?(--[\w-]+)", " ".join(parts))
@@ -117,8 +122,12 @@ def _mend_streams() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # so that no file of ours becomes stdout
         pass
     os.close(descriptor)
-    sys.stdout = sys.stdout or open(os.devnull, "w")
-    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stdout = sys.stdout or _nowhere()
+    sys.stderr = sys.stderr or _nowhere()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _nowhere() -> TextIO:
+    return Path(os.devnull).open("w")

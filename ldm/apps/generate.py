@@ -47,7 +47,8 @@ def generate(command: Generate | Img2Img) -> None:
 
 def requests_of(command: Generate | Img2Img) -> list[GenerateRequest]:
     """A validated request for each prompt. Raises `LdmError` before anything slow has begun."""
-    fields = request_fields(command.sampling) | {"seed": command.prompts.seed, "count": command.prompts.count}
+    fields = request_fields(command.sampling)
+    fields |= {"seed": command.prompts.seed, "count": command.prompts.count}
     if isinstance(command, Img2Img):
         fields |= {"image": read_file(command.image, MAX_PICTURE_FILE), "strength": command.strength}
     return [GenerateRequest(prompt=prompt, **fields) for prompt in _prompts(command.prompts)]
@@ -72,7 +73,6 @@ def request_fields(sampling: Sampling) -> dict[str, Any]:
 
 def load_model(model: Model, watch: Stopwatch) -> LatentDiffusion:
     """Import torch and all that is ours, then load the model."""
-    import ldm.tasks
     from ldm.pipeline.load import load
 
     watch.mark("imports")
@@ -126,10 +126,13 @@ def _size(text: str) -> tuple[int | None, int | None]:
 def _hash_in_background(path: Path | None) -> Future[str | None]:
     """The SHA-256 of the model's file, computed while it draws; None if there is no file to read."""
     future: Future[str | None] = Future()
+    if path is None:
+        future.set_result(None)
+        return future
 
     def compute() -> None:
         try:
-            with open(path or "", "rb") as file:
+            with path.open("rb") as file:
                 future.set_result(hashlib.file_digest(file, "sha256").hexdigest())
         except OSError:
             future.set_result(None)
@@ -144,7 +147,6 @@ def _line(picture: Picture, path: Path, as_json: bool) -> str:
         return f"{path}  seed {request.seed}  {picture.seconds:.1f} s"
     facts = {"path": str(path), "seed": request.seed, "seconds": round(picture.seconds, 3), "prompt": request.prompt}
     return json.dumps(facts | {"width": request.width, "height": request.height, "notes": list(picture.notes)})
-
 
 
 def _shortened(prompt: str) -> str:

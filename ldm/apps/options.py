@@ -59,7 +59,7 @@ class Model:
 class Output:
     """Where pictures go and what is said about them."""
 
-    output: Annotated[Path, arg(aliases=["-o"], metavar="PATH")] = Path(".")
+    output: Annotated[Path, arg(aliases=["-o"], metavar="PATH")] = Path()
     """A .png file or a folder. Nothing is ever overwritten: a taken name gets a number."""
     json: bool = False
     """Print a JSON object for each picture."""
@@ -140,9 +140,13 @@ class Train:
     """Train a model from scratch by a named recipe; started again, it resumes."""
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
-    """The recipe's name."""
-    output: Annotated[Path, arg(aliases=["-o"], metavar="DIR")] = Path("runs")
-    """The folder for checkpoints and samples."""
+    """The recipe's name; a wrong one lists them all."""
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="DIR", help_behavior_hint="")] = None
+    """The folder for checkpoints and samples. By default one below runs."""
+    pictures: Annotated[Path, arg(metavar="DIR")] = Path("runs/data")
+    """The folder of picture and caption pairs."""
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """Stop after so many steps. By default the recipe's."""
 
 
 Command = Generate | Img2Img | Info | Sheet | Train

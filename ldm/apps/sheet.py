@@ -33,15 +33,13 @@ def sheet(command: Sheet) -> None:
         raise LdmError(f"{command.output}: expected a name that ends in .png")
     check_output(command.output)
     prompts = _prompts(command.prompts)
-    fields = request_fields(command.sampling) | {"seed": command.seed}
-    requests = [GenerateRequest(prompt=prompt, **fields) for prompt in prompts]
+    fields = request_fields(command.sampling)
+    requests = [GenerateRequest(prompt=prompt, seed=command.seed, **fields) for prompt in prompts]
     watch = Stopwatch()
     with progress_bar(len(requests)) as bar:
         model = load_model(command.model, watch)
         pictures = [
-            picture.image
-            for done, request in enumerate(requests)
-            for picture in draw(model, request, bar, watch, done)
+            picture.image for done, request in enumerate(requests) for picture in draw(model, request, bar, watch, done)
         ]
         grid = compose(pictures, command.columns, prompts if command.labels else None)
         path = _save(grid, command, prompts)
@@ -56,11 +54,10 @@ def compose(
 
     width, height = pictures[0].size
     font = ImageFont.load_default(max(9, width // 12))
-    line = font.getbbox("Ag")[3] + 1
-    cell = height + (round(line * LABEL_LINES) + margin if labels else 0)
+    line = round(font.getbbox("Ag")[3]) + 1
+    cell = height + (line * LABEL_LINES + margin if labels else 0)
     columns, rows = min(columns, len(pictures)), -(-len(pictures) // columns)
-    size = columns * (width + margin) + margin, rows * (cell + margin) + margin
-    grid = Image.new("RGB", tuple(map(round, size)), "white")
+    grid = Image.new("RGB", (columns * (width + margin) + margin, rows * (cell + margin) + margin), "white")
     pen = ImageDraw.Draw(grid)
     for index, picture in enumerate(pictures):
         left, top = margin + index % columns * (width + margin), margin + index // columns * (cell + margin)
@@ -85,8 +82,9 @@ def _prompts(path: Path | None) -> list[str]:
         except (ValueError, RecursionError):
             raise LdmError(f"{name}: is not JSON, expected a list of prompts") from None
     items = found if isinstance(found, list) else []
-    prompts = [item.get("prompt") if isinstance(item, dict) else item for item in items]
-    if not prompts or len(prompts) > MAX_PROMPTS or not all(isinstance(prompt, str) for prompt in prompts):
+    texts = [item.get("prompt") if isinstance(item, dict) else item for item in items]
+    prompts = [text for text in texts if isinstance(text, str)]
+    if not 0 < len(prompts) == len(texts) <= MAX_PROMPTS:
         raise LdmError(f'{name}: expected a list of 1 to {MAX_PROMPTS} texts, or of objects with a "prompt"')
     return prompts
 

@@ -123,7 +123,7 @@ def _publish(temporary: Path, target: Path) -> None:
     except OSError:  # no hard links on this file system
         if target.exists():
             raise FileExistsError(target) from None
-        os.replace(temporary, target)
+        temporary.replace(target)
     if hasattr(os, "O_DIRECTORY"):
         folder = os.open(target.parent, os.O_DIRECTORY)
         try:

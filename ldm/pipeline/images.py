@@ -38,7 +38,9 @@ def read_picture(data: bytes) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError:
-        raise LdmError(f"image: found far more than {MAX_PIXELS} pixels, expected at most that; scale it down") from None
+        raise LdmError(
+            f"image: found far more than {MAX_PIXELS} pixels, expected at most that; scale it down"
+        ) from None
     except (OSError, ValueError, SyntaxError):
         raise LdmError(f"image: found {_what(data)}, expected a PNG, JPEG or WebP picture") from None
     width, height = image.size

@@ -128,7 +128,7 @@ class LatentDiffusion:
 
         Podell et al. 2023, section 2.2. The picture is said to be uncropped and to have its own size.
         """
-        numbers = [height, width, 0, 0, *([height, width] if self.config.sizes_in_vector == 6 else [])]
+        numbers: list[float] = [height, width, 0, 0, *([height, width] if self.config.sizes_in_vector == 6 else [])]
         if self.config.sizes_in_vector == 5:
             numbers.append(AESTHETIC_SCORES[side])
         return sinusoidal_embedding(torch.tensor(numbers, device=self.device), SIZE_FEATURES).reshape(1, -1)

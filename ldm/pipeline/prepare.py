@@ -48,16 +48,18 @@ def conditions(
 ) -> tuple[Conditioning, Conditioning | None, tuple[str, ...]]:
     """What a resolved request tells the U-Net: with the prompt, without it (None at guidance 1), and notes."""
     channels, notes = _extra_channels(model, request)
-    size = {"width": request.width, "height": request.height, "clip_skip": request.clip_skip}
-    cond = model.encode_prompt(request.prompt, **size).with_(concat=channels)
+    width, height, clip_skip = request.width, request.height, request.clip_skip
+    cond = model.encode_prompt(request.prompt, width=width, height=height, clip_skip=clip_skip)
     uncond = None
     if request.guidance != 1:
         zeros = request.empty_negative == "zeros" and not request.negative
-        uncond = model.encode_prompt(request.negative, **size, side="negative", zeros=zeros).with_(concat=channels)
+        uncond = model.encode_prompt(
+            request.negative, width=width, height=height, clip_skip=clip_skip, side="negative", zeros=zeros
+        ).with_(concat=channels)
     for name, text in (("prompt", request.prompt), ("negative", request.negative)):
         if cut := model.words_cut(text):
             notes = (*notes, f"{name}: its last {cut} tokens do not fit into the text encoder and were left out")
-    return cond, uncond, notes
+    return cond.with_(concat=channels), uncond, notes
 
 
 def _extra_channels(model: LatentDiffusion, request: GenerateRequest) -> tuple[Tensor | None, tuple[str, ...]]:
@@ -65,14 +67,14 @@ def _extra_channels(model: LatentDiffusion, request: GenerateRequest) -> tuple[T
 
     An inpainting U-Net is shown a mask and the latent of what is outside of it; here all is inside.
     """
-    latent_channels, extra = model.config.autoencoder.latent_channels, 0
+    latent_channels = model.config.autoencoder.latent_channels
     extra = model.config.unet.in_channels - latent_channels
     if extra == 0:
         return None, ()
     if extra != latent_channels + 1:
         raise LdmError(
-            f"{model.origin.path or 'model'}: its U-Net takes {extra} extra channels (a depth map or a small picture), expected one that draws"
-            " from text; use another checkpoint"
+            f"{model.origin.path or 'model'}: its U-Net takes {extra} extra channels (a depth map or a small picture),"
+            " expected one that draws from text; use another checkpoint"
         )
     assert request.width is not None and request.height is not None
     dtype = next(model.autoencoder.parameters()).dtype

@@ -43,7 +43,9 @@ def test_labels_stand_below_and_touch_no_picture():
     labelled = np.asarray(compose([flat((0, 0, 255), (64, 64))] * 2, columns=2, labels=labels))
     assert labelled.shape[0] > plain.shape[0] and labelled.shape[1] == plain.shape[1]
     below = labelled[68:]
-    assert np.array_equal(labelled[:68], plain[:68]) and (below < 128).any() and (below[:, 64 + 4 : 64 + 8] == 255).all()
+    assert (
+        np.array_equal(labelled[:68], plain[:68]) and (below < 128).any() and (below[:, 64 + 4 : 64 + 8] == 255).all()
+    )
 
 
 def test_a_sheet_from_a_file_is_each_prompt_with_the_same_seed(folder, capsys):

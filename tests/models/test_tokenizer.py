@@ -20,6 +20,7 @@ AWKWARD = {
     "capitals": "A RED Apple, ÉCOLE ΣΊΣΥΦΟΣ İstanbul STRASSE ẞ",
     "emoji": "🍎 an apple 👩‍👩‍👧‍👦 🏳️‍🌈 ❤️ 1️⃣",
     "entities": "fish &amp; chips &lt;b&gt; &amp;amp;amp;amp;lt; &eacute;&EACUTE; &#x1F34E; &#0; &nbsp; &nosuch; &copy",
+    "entities beside a tag": "a < b &amp;lt; c &amp;amp;lt; d &amp;amp;amp;lt;",
     "ampersands": "salt & pepper && R&D &",
     "cjk": "一个红苹果 りんご 사과 ﾊﾝｶｸ ＦＵＬＬ　ｗｉｄｔｈ",
     "accents": "crème brûlée, naïve Zürich, smörgåsbord",

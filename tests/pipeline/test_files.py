@@ -37,7 +37,9 @@ def test_stem(prompt, stem):
     assert stem_of(prompt) == stem
 
 
-@pytest.mark.parametrize("prompt", ["x" * 300, "字" * 300, "CON", "nul", "a/b" * 200, "-rf", "~", ".hidden", "%00", "com1."])
+@pytest.mark.parametrize(
+    "prompt", ["x" * 300, "字" * 300, "CON", "nul", "a/b" * 200, "-rf", "~", ".hidden", "%00", "com1."]
+)
 def test_names_are_safe(prompt, tmp_path):
     path = output_path(tmp_path, prompt, 42)
     assert path.parent == tmp_path and path.suffix == ".png" and path.stem.endswith("-42")
@@ -124,7 +126,7 @@ def test_outputs_that_cannot_be(tmp_path):
     ]:
         with pytest.raises(LdmError, match=message):
             check_output(output)
-    for output in (tmp_path, tmp_path / "new" / "er", tmp_path / "new" / "a.png", Path("a.png"), Path(".")):
+    for output in (tmp_path, tmp_path / "new" / "er", tmp_path / "new" / "a.png", Path("a.png"), Path()):
         check_output(output)
 
 

@@ -142,5 +142,5 @@ def test_picture_bytes(tmp_path):
     path.write_bytes(WHOLE)
     assert picture_bytes(path) == picture_bytes(str(path)) == picture_bytes(WHOLE) == WHOLE
     assert np.array_equal(np.asarray(read_picture(picture_bytes(noise()))), np.asarray(noise()))
-    with pytest.raises(LdmError, match="nothing.png: cannot be read \\(no such file or directory\\)"):
+    with pytest.raises(LdmError, match=r"nothing.png: cannot be read \(no such file or directory\)"):
         picture_bytes(tmp_path / "nothing.png")

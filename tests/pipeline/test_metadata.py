@@ -87,7 +87,9 @@ def test_another_program_reads_it(prompt, tmp_path):
     assert [p.value for p in sampler.negative_prompts] == ["ugly, blurry"]
 
 
-@pytest.mark.parametrize("prompt", ["a red apple", "日本語 🍎\n\nSteps: 3", "Negative prompt: no\nSteps: 1, a: b, c: d"])
+@pytest.mark.parametrize(
+    "prompt", ["a red apple", "日本語 🍎\n\nSteps: 3", "Negative prompt: no\nSteps: 1, a: b, c: d"]
+)
 def test_ours_reads_back_to_the_same_picture(prompt, model, tmp_path):
     (drawn,) = model.generate(prompt, negative="x: y", steps=2, guidance=3.0, sampler="euler-a", eta=0.5)
     path = drawn.save(tmp_path / "a.png")

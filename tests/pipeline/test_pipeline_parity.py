@@ -38,18 +38,18 @@ TOLERANCE = 1e-3
 
 SD: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEADING = SD | {"timestep_spacing": "leading", "steps_offset": 1}
+DDIM = {"clip_sample": False, "set_alpha_to_one": False}
 TRAILING = LEADING | {"timestep_spacing": "trailing"}
+KARRAS = LEADING | {"timestep_spacing": "linspace", "use_karras_sigmas": True}
 
 # sampler, schedule, their scheduler, its settings, whether it rounds timesteps
 SOLVERS: dict[str, tuple[str, str, Any, dict[str, Any], bool]] = {
-    "ddim": ("ddim", "leading", diffusers.DDIMScheduler, LEADING | {"clip_sample": False, "set_alpha_to_one": False}, False),
+    "ddim": ("ddim", "leading", diffusers.DDIMScheduler, LEADING | DDIM, False),
     "euler": ("euler", "leading", diffusers.EulerDiscreteScheduler, LEADING, False),
     "dpmpp-2m": ("dpmpp-2m", "trailing", diffusers.DPMSolverMultistepScheduler, TRAILING, False),
-    "dpmpp-2m karras": (
-        "dpmpp-2m", "karras", diffusers.DPMSolverMultistepScheduler, LEADING | {"timestep_spacing": "linspace", "use_karras_sigmas": True}, True,
-    ),
+    "dpmpp-2m karras": ("dpmpp-2m", "karras", diffusers.DPMSolverMultistepScheduler, KARRAS, True),
     "unipc": ("unipc", "trailing", diffusers.UniPCMultistepScheduler, TRAILING, False),
-}  # fmt: skip
+}
 
 LAYOUTS = {"sd1": sd1, "sd2-v": lambda: sd2("v"), "sdxl": sdxl}
 
@@ -121,7 +121,9 @@ def test_image_to_image(strength, solver, models, tokenizers):
     model = models["sd1"]
     _, _, scheduler, settings, _ = SOLVERS[solver]
     pipeline = their_pipeline(model, tokenizers, scheduler(**settings))
-    their_image_to_image = diffusers.StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+    their_image_to_image = diffusers.StableDiffusionImg2ImgPipeline(
+        **pipeline.components, requires_safety_checker=False
+    )
     _compare_image_to_image(model, their_image_to_image, solver, strength)
 
 

@@ -102,7 +102,7 @@ def test_refused_in_one_line(fields, message):
 
 
 def test_a_prompt_is_needed():
-    with pytest.raises(LdmError, match="^prompt: found none, expected a text"):
+    with pytest.raises(LdmError, match=r"^prompt: found none, expected a text"):
         GenerateRequest()  # pyright: ignore[reportCallIssue]
 
 
@@ -156,7 +156,7 @@ def test_changes_are_checked():
     assert as_request(request, {}) is request
     assert as_request(request, {"steps": 7}) == GenerateRequest(prompt="x", seed=3, steps=7)
     assert as_request("y", {"steps": 7}) == GenerateRequest(prompt="y", steps=7)
-    with pytest.raises(LdmError, match="^steps"):
+    with pytest.raises(LdmError, match=r"^steps"):
         request.changed(steps=0)
 
 

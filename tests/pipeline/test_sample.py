@@ -89,7 +89,7 @@ def test_text_states_that_are_not_finite(model):
     broken = random_system(tiny(sd1()))
     weights = next(p for p in broken.text[0].parameters() if p.shape == (32,))  # pyright: ignore
     weights.data[:] = torch.nan
-    with pytest.raises(LdmError, match="^text encoder: its states are not finite"):
+    with pytest.raises(LdmError, match=r"^text encoder: its states are not finite"):
         broken.generate("x", steps=1)
 
 
@@ -120,7 +120,7 @@ def test_an_overflow_is_decoded_again_in_float32():
 def test_never_a_black_picture(model):
     broken = random_system(tiny(sd1()))
     broken.autoencoder.post_quant_conv.bias.data[0] = torch.inf
-    with pytest.raises(LdmError, match="^autoencoder: the decoded picture is not finite"):
+    with pytest.raises(LdmError, match=r"^autoencoder: the decoded picture is not finite"):
         broken.generate("x", steps=1)
 
 

@@ -103,7 +103,7 @@ def test_sizes(size, fields, shape, model):
 
 
 def test_what_is_refused(model):
-    with pytest.raises(LdmError, match="strength: 0.01 of 24 steps is less than one step"):
+    with pytest.raises(LdmError, match=r"strength: 0.01 of 24 steps is less than one step"):
         model.image_to_image("x", picture(), strength=0.01)
     with pytest.raises(LdmError, match="image: found none"):
         list(img2img(model, GenerateRequest(prompt="x")))

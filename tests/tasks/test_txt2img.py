@@ -28,7 +28,9 @@ def model() -> LatentDiffusion:
 def final_state(model: LatentDiffusion, **fields: object) -> Tensor:
     """The state after the last step, (B, z, h, w)."""
     request = GenerateRequest(**{"prompt": "a red apple", "steps": 5} | fields)
-    return torch.cat([e.step.x for e in run(model, request) if isinstance(e, Progress) and e.step and e.done == e.steps])
+    return torch.cat(
+        [e.step.x for e in run(model, request) if isinstance(e, Progress) and e.step and e.done == e.steps]
+    )
 
 
 @pytest.mark.parametrize("preset", [sd1, sdxl, small], ids=["sd1", "sdxl", "small"])
@@ -152,7 +154,7 @@ def test_an_inpainting_model_gets_a_full_mask():
 
 @pytest.mark.parametrize("preset", [lambda: sd2(in_channels=5), sd_x4_upscaler], ids=["depth", "x4"])
 def test_a_model_that_needs_more_than_text_is_refused(preset):
-    with pytest.raises(LdmError, match="its U-Net takes (1|3) extra channels .*use another checkpoint"):
+    with pytest.raises(LdmError, match=r"its U-Net takes (1|3) extra channels .*use another checkpoint"):
         random_system(tiny(preset())).generate("x", steps=1)
 
 

@@ -38,7 +38,7 @@ class Line(nn.Module):
         if self.calls in self.poison:
             loss = loss * math.nan
         self.calls += 1
-        self.losses.append(float(loss))
+        self.losses.append(loss.item())
         return {"loss": loss}
 
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:

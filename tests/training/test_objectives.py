@@ -48,7 +48,7 @@ class TestAutoencoder:
         hues = np.abs(np.diff(a, axis=1) - np.diff(b, axis=1)).mean()
         kl = 0.5 * (mean**2 + np.exp(logvar) - 1 - logvar).mean()
         want = np.abs(a - b).mean() + 0.7 * (right.mean() + down.mean()) / 2 + 0.6 * hues + 0.5 * coarse + 0.1 * kl
-        assert float(got["loss"]) == pytest.approx(want, rel=1e-5)
+        assert got["loss"].item() == pytest.approx(want, rel=1e-5)
 
     @pytest.mark.parametrize(("transform", "side"), [("halve", 16), ("mirror", 32)])
     def test_the_latent_is_transformed_and_the_picture_with_it(
@@ -82,7 +82,7 @@ class TestAutoencoder:
 
 
 class TestCLIP:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def objective(self) -> CLIPObjective:
         torch.manual_seed(0)
         model = small_clip(TEXT, image_size=16, patch=8)
