@@ -103,7 +103,9 @@ def _one_line(box: str) -> str:
     """The parser draws a framed text of several parts: the first says what is wrong, another may suggest a flag."""
     rows = [re.sub(r"^[│|]\s?|\s*[│|]$", "", row) for row in box.splitlines() if not row.startswith(("╭", "╰"))]
     parts = [" ".join(part.split()) for part in re.split(r"^\s*[─-]{3,}\s*$", "\n".join(rows), flags=re.MULTILINE)]
-    if not box.startswith("╭"):  # where the terminal has no such characters, the title is a part of its own
+    if (
+        not box.startswith("╭") and len(parts) > 1
+    ):  # where the terminal has no such characters, the title is a part of its own
         del parts[0]
     what = parts[0].partition(" Got errors:")[0].removeprefix("Error parsing ").rstrip(".")
     what = re.sub(
@@ -113,8 +115,8 @@ def _one_line(box: str) -> str:
     what = re.sub(r"could not convert string to float: (.*)", r"found \1, expected a number", what)
     suggested = re.search(r"Perhaps you meant: .*?(--[\w-]+)", " ".join(parts))
     available = next((part for part in parts if part.startswith("Available subcommands")), "")
-    hints = [f"did you mean {suggested[1]}?" if suggested else "", available, "see ldm --help"]
-    return "; ".join(part for part in [what, *hints] if part)
+    hint = f"did you mean {suggested[1]}?" if suggested else available or "see ldm --help"
+    return f"{what}; {hint}"
 
 
 def _mend_streams() -> None:

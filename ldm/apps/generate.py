@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
@@ -36,7 +37,7 @@ def generate(command: Generate | Img2Img) -> None:
         done = 0
         for request in requests:
             for picture in draw(model, request, bar, watch, done):
-                path = output_path(command.output.output, request.prompt, picture.request.seed or 0)
+                path = output_path(command.output.output, request.prompt, picture.seed)
                 path = picture.save(path, model_hash=model_hash.result())
                 watch.mark("saving")
                 bar.say(_line(picture, path, command.output.json))
@@ -73,17 +74,19 @@ def request_fields(sampling: Sampling) -> dict[str, Any]:
 
 def load_model(model: Model, watch: Stopwatch) -> LatentDiffusion:
     """Import torch and all that is ours, then load the model."""
+    import ldm.tasks  # noqa: F401 - for its time to count as imports
     from ldm.pipeline.load import load
 
     watch.mark("imports")
-    loaded = load(model.file, device=model.device, dtype=model.dtype)
+    prediction = None if model.prediction == "auto" else model.prediction
+    loaded = load(model.file, device=model.device, dtype=model.dtype, prediction=prediction)
     for warning in loaded.origin.warnings:
         to_stderr(f"warning: {warning}")
     watch.mark("loading")
     return loaded
 
 
-def draw(model: LatentDiffusion, request: GenerateRequest, bar: Bar, watch: Stopwatch, done: int) -> Any:
+def draw(model: LatentDiffusion, request: GenerateRequest, bar: Bar, watch: Stopwatch, done: int) -> Iterator[Picture]:
     """The request's pictures as they come, the bar moving with the steps; `done` pictures came before."""
     from ldm.pipeline.sample import Progress
     from ldm.tasks import run
@@ -142,11 +145,18 @@ def _hash_in_background(path: Path | None) -> Future[str | None]:
 
 
 def _line(picture: Picture, path: Path, as_json: bool) -> str:
-    request = picture.request
     if not as_json:
-        return f"{path}  seed {request.seed}  {picture.seconds:.1f} s"
-    facts = {"path": str(path), "seed": request.seed, "seconds": round(picture.seconds, 3), "prompt": request.prompt}
-    return json.dumps(facts | {"width": request.width, "height": request.height, "notes": list(picture.notes)})
+        return f"{path}  seed {picture.seed}  {picture.seconds:.1f} s"
+    facts = {
+        "path": str(path),
+        "seed": picture.seed,
+        "seconds": round(picture.seconds, 3),
+        "prompt": picture.request.prompt,
+        "width": picture.image.width,
+        "height": picture.image.height,
+        "notes": list(picture.notes),
+    }
+    return json.dumps(facts)
 
 
 def _shortened(prompt: str) -> str:

@@ -53,6 +53,8 @@ class Model:
     """cpu, cuda, cuda:1, mps; auto takes the fastest there is."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The precision of the networks."""
+    prediction: Literal["auto", "eps", "v", "x0", "probe"] = "auto"
+    """What the U-Net says: noise, velocity or picture. auto reads it off the file, probe tries an SD 2.x file."""
 
 
 @dataclass(frozen=True)

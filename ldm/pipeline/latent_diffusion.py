@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ldm.models.presets import SystemConfig
 from ldm.models.text_encoder import TextTower
 from ldm.models.tokenizer import tokenize, word_ids
 from ldm.models.unet import UNet
+from ldm.pipeline.images import picture_bytes
 from ldm.pipeline.request import GenerateRequest
 from ldm.types import Conditioning
 
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 SIZE_FEATURES = 256
 """Sinusoidal features of each size, crop and score number (SDXL)."""
 
-AESTHETIC_SCORES = {"positive": 6.0, "negative": 2.5}
-"""What the SDXL refiner is told about the picture wanted, and about the one not wanted (Podell et al. 2023)."""
+WANTED_SCORE, UNWANTED_SCORE = 6.0, 2.5
+"""How well-liked the SDXL refiner is told that the picture of the prompt is, and that of the negative prompt."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,14 @@ class LatentDiffusion:
         width: int | None = None,
         height: int | None = None,
         clip_skip: int | None = None,
-        side: Literal["positive", "negative"] = "positive",
+        wanted: bool = True,
         zeros: bool = False,
     ) -> Conditioning:
         """A prompt -> `Conditioning` of batch 1: text states (1, N, D) and, where the U-Net takes one, a vector.
 
         width, height: of the picture, for models that are told its size; None: the model's own
         clip_skip:     the text layer that is looked at, counted from the last one, 1; None: as the model was trained
-        side:          whether this is wanted or not, for the SDXL refiner, which is told a score
+        wanted:        False for a negative prompt: the SDXL refiner is told a lower score
         zeros:         zeros in place of all that the towers say
 
         Raises `LdmError` when a tower has no such layer or says something that is not finite.
@@ -119,18 +120,17 @@ class LatentDiffusion:
         if zeros:
             cross, vector = torch.zeros_like(cross), None if vector is None else torch.zeros_like(vector)
         if vector is not None and self.config.sizes_in_vector:
-            features = self._size_features(width or self.config.size, height or self.config.size, side)
+            features = self._size_features(width or self.config.size, height or self.config.size, wanted)
             vector = torch.cat([vector, features.to(vector)], dim=-1)
         return Conditioning(cross=cross, vector=vector)
 
-    def _size_features(self, width: int, height: int, side: Literal["positive", "negative"]) -> Tensor:
+    def _size_features(self, width: int, height: int, wanted: bool) -> Tensor:
         """Original size, crop corner and target size, or for the refiner a score in place of the last, (1, 256 n).
 
         Podell et al. 2023, section 2.2. The picture is said to be uncropped and to have its own size.
         """
-        numbers: list[float] = [height, width, 0, 0, *([height, width] if self.config.sizes_in_vector == 6 else [])]
-        if self.config.sizes_in_vector == 5:
-            numbers.append(AESTHETIC_SCORES[side])
+        last = [height, width] if self.config.sizes_in_vector == 6 else [WANTED_SCORE if wanted else UNWANTED_SCORE]
+        numbers = [height, width, 0, 0, *last]
         return sinusoidal_embedding(torch.tensor(numbers, device=self.device), SIZE_FEATURES).reshape(1, -1)
 
     def words_cut(self, prompt: str) -> int:
@@ -141,6 +141,7 @@ class LatentDiffusion:
     def generate(self, request: str | GenerateRequest, **fields: Any) -> list[Picture]:
         """Draw pictures: a prompt and fields of `GenerateRequest`, or a request and changes to it.
 
+        It is `ldm.tasks.run` without its steps; the one place where the pipeline calls upwards, for the short name.
         Raises `LdmError` for a request that cannot be, or a result that is not finite.
         """
         from ldm.tasks import draw
@@ -148,10 +149,9 @@ class LatentDiffusion:
         return draw(self, request, fields)
 
     def image_to_image(
-        self, request: str | GenerateRequest, image: bytes | Path | Image.Image, **fields: Any
+        self, request: str | GenerateRequest, image: bytes | str | Path | Image.Image, **fields: Any
     ) -> list[Picture]:
         """`generate` from a picture: a file's bytes, its path, or a PIL image."""
-        from ldm.pipeline.images import picture_bytes
         from ldm.tasks import draw
 
         return draw(self, request, fields | {"image": picture_bytes(image)})

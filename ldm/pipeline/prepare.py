@@ -54,7 +54,7 @@ def conditions(
     if request.guidance != 1:
         zeros = request.empty_negative == "zeros" and not request.negative
         uncond = model.encode_prompt(
-            request.negative, width=width, height=height, clip_skip=clip_skip, side="negative", zeros=zeros
+            request.negative, width=width, height=height, clip_skip=clip_skip, wanted=False, zeros=zeros
         ).with_(concat=channels)
     for name, text in (("prompt", request.prompt), ("negative", request.negative)):
         if cut := model.words_cut(text):

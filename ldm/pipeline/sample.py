@@ -22,6 +22,7 @@ from ldm.diffusion.noise import PerImageNoise, per_image_noise
 from ldm.diffusion.state import finish_state
 from ldm.errors import LdmError
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.pipeline.files import save_picture
 from ldm.pipeline.images import to_image
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.request import GenerateRequest
@@ -52,6 +53,7 @@ class Picture:
     """One picture and all that it takes to make it again.
 
     index:   its place in the request that was asked
+    seed:    its own
     request: for this picture alone: its own seed, count 1, nothing left to a default
     model:   the model's name, None if it has none; dtype: of its U-Net
     notes:   what a reader should know, a line each
@@ -60,6 +62,7 @@ class Picture:
 
     image: Image.Image
     index: int
+    seed: int
     request: GenerateRequest
     model: str | None
     dtype: str
@@ -68,8 +71,6 @@ class Picture:
 
     def save(self, path: str | Path, *, model_hash: str | None = None) -> Path:
         """Write a PNG with all metadata; the path it got, which has a number where `path` was taken."""
-        from ldm.pipeline.files import save_picture
-
         return save_picture(self, Path(path), model_hash=model_hash)
 
 
@@ -152,6 +153,7 @@ def _batch(model: LatentDiffusion, job: Job, first: int, count: int) -> Iterator
         yield Picture(
             image=to_image(pixels[0]),
             index=first + index,
+            seed=seed,
             request=request.model_copy(update={"seed": seed, "count": 1}),
             model=model.origin.name,
             dtype=str(model.dtype).removeprefix("torch."),

@@ -30,7 +30,7 @@ A1111_SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$
 def picture(model: str | None = "ldm-small", **fields: Any) -> Picture:
     base: dict[str, Any] = {"prompt": "a red apple", "seed": 42, "width": 128, "height": 96, "schedule": "karras"}
     request = GenerateRequest(**base | fields)
-    return Picture(Image.new("RGB", (128, 96), "red"), 0, request, model, "float32", (), 1.0)
+    return Picture(Image.new("RGB", (128, 96), "red"), 0, request.seed or 0, request, model, "float32", (), 1.0)
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def test_events(model):
     ]
     for event in steps[1:]:
         assert isinstance(event, Progress) and event.step is not None and event.step.denoised.shape == (2, 4, 8, 8)
-    assert [(p.index, p.request.seed, p.request.count) for p in pictures if isinstance(p, Picture)] == [
+    assert [(p.index, p.seed, p.request.count) for p in pictures if isinstance(p, Picture)] == [
         (0, 4, 1), (1, 5, 1),
     ]  # fmt: skip
 
