@@ -22,7 +22,9 @@ from ldm.types import Denoise, NoiseSource, Step
 class Sample(Protocol):
     """A sampler function; `ldm.samplers.common` says what the arguments are."""
 
-    def __call__(self, denoise: Denoise, x: Tensor, sigmas: Tensor, noise: NoiseSource, /) -> Iterator[Step]: ...
+    def __call__(self, denoise: Denoise, x: Tensor, sigmas: Tensor, noise: NoiseSource, /) -> Iterator[Step]:
+        """The steps from sigmas[0] to sigmas[-1]."""
+        ...
 
 
 @dataclass(frozen=True)

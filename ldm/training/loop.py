@@ -100,8 +100,9 @@ def step_generator(seed: int, step: int, micro: int = 0, rank: int = 0) -> torch
 def train(objective: torch.nn.Module, config: LoopConfig, output: Path) -> EMA:
     """Run or resume training in the folder `output`; returns the averaged weights.
 
-    Stops early, saved, on SIGINT or SIGTERM. A step whose loss or gradient is not finite is skipped and counted; ten
-    in a row raise LdmError, the last save untouched. Raises LdmError where `output` holds a run of another kind.
+    The first SIGINT or SIGTERM lets the step end and saves; then KeyboardInterrupt or SystemExit(143) is raised. A
+    step whose loss or gradient is not finite is skipped and counted; ten in a row raise LdmError, the last save
+    untouched. Raises LdmError where `output` holds a run of another kind.
     """
     accelerator = Accelerator(
         mixed_precision=config.precision,
@@ -153,9 +154,9 @@ def train(objective: torch.nn.Module, config: LoopConfig, output: Path) -> EMA:
                 save(done)
             if done % config.evaluate_every == 0 or done == config.steps:
                 _evaluate(objective, ema, output, done)
-            if stop():
+            if signalled := stop():
                 log.info("stopped at step %d, saved in %s", done, output)
-                break
+                raise KeyboardInterrupt if signalled == signal.SIGINT else SystemExit(128 + signalled)
     return ema
 
 
@@ -221,18 +222,18 @@ def _evaluate(objective: torch.nn.Module, ema: EMA, output: Path, step: int) -> 
 
 
 @contextmanager
-def _stop_signal() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a wish that the loop asks for; the second acts as ever."""
-    wished = False
+def _stop_signal() -> Iterator[Callable[[], int]]:
+    """Turn the first SIGINT or SIGTERM into a number that the loop asks for, 0 before; the second acts as ever."""
+    received = 0
 
-    def wish(number: int, frame: FrameType | None) -> None:
-        nonlocal wished
-        wished = True
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = number
         signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: wished
+        yield lambda: received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

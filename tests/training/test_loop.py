@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,6 +118,24 @@ def test_saves_hold_no_pickles_and_two_are_kept(tmp_path: Path) -> None:
     assert saves == ["step-00000015", "step-00000020"]
     assert {p.suffix for p in (tmp_path / saves[-1]).iterdir()} == {".safetensors", ".json"}
     assert json.loads((tmp_path / saves[-1] / "manifest.json").read_text())["step"] == 20
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_saves_the_step_and_ends_the_run(
+    tmp_path: Path, number: signal.Signals, error: type[BaseException]
+) -> None:
+    class Interrupted(Line):
+        def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            if self.calls == 6:
+                signal.raise_signal(number)
+            return super().forward(batch)
+
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(error):
+        train(Interrupted(), CONFIG, tmp_path)
+    state = load_state(tmp_path)
+    assert state is not None and state.step == 7
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
 
 def test_learning_rates_against_hand_worked_values() -> None:

@@ -99,6 +99,7 @@ class Concept:
 
     @property
     def has_skin_tone(self) -> bool:
+        """Whether this drawing is a variant in some skin tone."""
         return self.base != self.code
 
     @property

@@ -65,7 +65,7 @@ def npm(tmp_path_factory: pytest.TempPathFactory) -> Path:
         chars |= {"270b": "raised-hand", "270b-1f3ff": "dark-hand", "1f52b": "water-pistol"}
         aliases = {"mouse-like": {"parent": "rat"}, "lost": {"parent": "nothing"}}
         write_icons(npm, art.package, icons, {} if named else chars, aliases)
-    silhouettes = {name: "currentColor" for name in ("sword", "ak47-gun", "abstract-012", "oak-leaf")}
+    silhouettes = dict.fromkeys(("sword", "ak47-gun", "abstract-012", "oak-leaf"), "currentColor")
     write_icons(npm, SILHOUETTES.package, silhouettes, {}, {})
     return npm
 
