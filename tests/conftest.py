@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny tensors gain nothing from threads
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same arithmetic on every machine
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

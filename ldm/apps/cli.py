@@ -42,6 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         to_stderr("interrupted")
         return 130
+    except (RuntimeError, MemoryError) as error:
+        if (message := _no_room(error)) is None:
+            raise
+        to_stderr(message)
+        return 2
     except BrokenPipeError:  # the reader of our output left: leave too, without a word
         sys.stdout = _nowhere()  # for what is flushed at exit
         return 141
@@ -54,6 +59,18 @@ def _run(arguments: Sequence[str]) -> int:
         _dispatch(parse(arguments))
     sys.stdout.flush()
     return 0
+
+
+def _no_room(error: Exception) -> str | None:
+    """What to tell where the machine, and not the program, gave up: no memory left, or a GPU that was lost."""
+    from ldm.pipeline.device import is_out_of_memory
+
+    said = next(iter(str(error).splitlines()), type(error).__name__)
+    if is_out_of_memory(error):
+        return f"no memory left ({said}); free some, draw smaller pictures, or try another device"
+    if "CUDA error" in said:
+        return f"the GPU failed ({said}); try again, or --device cpu"
+    return None
 
 
 def _dispatch(command: Command) -> None:
@@ -72,12 +89,23 @@ def _dispatch(command: Command) -> None:
 
             sheet(command)
         case Train():
-            from ldm.training.recipes import run
-
-            logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-            run(command.recipe, command.output, pictures=command.pictures, steps=command.steps)
+            _train(command)
         case other:
             assert_never(other)
+
+
+def _train(command: Train) -> None:
+    """Raises `LdmError` where the packages for training are not installed."""
+    try:
+        from ldm.training.recipes import run
+
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+        run(command.recipe, command.output, pictures=command.pictures, steps=command.steps)
+    except ModuleNotFoundError as error:
+        package = (error.name or "ldm").partition(".")[0]
+        if package == "ldm":
+            raise
+        raise LdmError(f"train: the package {package} is not installed; pip install -e '.[train]'") from None
 
 
 def parse(arguments: Sequence[str]) -> Command:

@@ -18,7 +18,7 @@ from ldm.pipeline.request import GenerateRequest, shown
 
 if TYPE_CHECKING:
     from ldm.pipeline.latent_diffusion import LatentDiffusion
-    from ldm.pipeline.sample import Picture
+    from ldm.pipeline.picture import Picture
 
 MAX_PROMPT_FILE = 16 * 2**20
 MAX_PICTURE_FILE = 20 * 2**20
@@ -139,6 +139,8 @@ def _hash_in_background(path: Path | None) -> Future[str | None]:
                 future.set_result(hashlib.file_digest(file, "sha256").hexdigest())
         except OSError:
             future.set_result(None)
+        except BaseException as error:  # or who asks for the result would wait for ever
+            future.set_exception(error)
 
     Thread(target=compute, daemon=True).start()
     return future

@@ -66,7 +66,7 @@ class DeepReport:
 
 @dataclass(frozen=True)
 class FileReport:
-    """All that is known of a file. problem: why a checkpoint does not load, in one line."""
+    """All that is known of a file. problem: why nobody should load it, in one line."""
 
     path: str
     size: int
@@ -81,12 +81,18 @@ class FileReport:
 
 
 def info(path: str | Path, *, as_json: bool = False, deep: bool = False) -> None:
-    """Print what a file is. Raises LdmError where it is no .safetensors file, or a broken one."""
+    """Print what a file is. Raises LdmError where it is no .safetensors file, or a broken one.
+
+    A file with a problem (tensors that are missing or of another shape, numbers that are not finite where `deep` looked
+    at them) is printed too, and its problem then raised: `ldm info` ends with exit code 2.
+    """
     report = inspect(path, deep=deep)
     if as_json:
         print(json.dumps(asdict(report), indent=2))
     else:
         Console().print(page(report))
+    if report.problem:
+        raise LdmError(f"{printable(report.path)}: {report.problem}")
 
 
 def inspect(path: str | Path, *, deep: bool = False) -> FileReport:
@@ -104,7 +110,10 @@ def inspect(path: str | Path, *, deep: bool = False) -> FileReport:
             fit = compare(header.tensors, build(detection.config))
             problem = None if fit.fits else "its tensors do not fit its networks"
         except LdmError as error:
-            problem = str(error)
+            problem = str(error).removeprefix(f"{printable(str(header.path))}: ")
+    numbers = _deep(header) if deep else None
+    if numbers and numbers.non_finite and not problem:
+        problem = f"{len(numbers.non_finite)} of its tensors hold numbers that are not finite"
     return FileReport(
         path=str(path),
         size=header.stamp.size,
@@ -115,7 +124,7 @@ def inspect(path: str | Path, *, deep: bool = False) -> FileReport:
         fit=fit,
         problem=problem,
         metadata=header.metadata,
-        deep=_deep(header) if deep else None,
+        deep=numbers,
     )
 
 

@@ -50,7 +50,7 @@ class Model:
     file: Annotated[Path | None, arg(name="model", metavar="FILE", help_behavior_hint="")] = None
     """A single .safetensors file: Stable Diffusion 1.x, 2.x, SDXL, or ours. By default the one that ships."""
     device: Annotated[str, arg(metavar="D")] = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes the fastest there is."""
+    """cpu, cuda, cuda:1, mps; auto is a CUDA GPU if there is one, else the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The precision of the networks."""
     prediction: Literal["auto", "eps", "v", "x0", "probe"] = "auto"
@@ -109,7 +109,7 @@ class Img2Img:
 
 @dataclass(frozen=True)
 class Info:
-    """Say what a model file is."""
+    """Say what a model file is; exit code 2 where something is wrong with it."""
 
     file: Annotated[Positional[Path], arg(metavar="FILE")]
     """A .safetensors file."""

@@ -1,4 +1,4 @@
-"""On which device a model runs, and in which dtype each of its parts."""
+"""On which device a model runs, in which dtype each of its parts, and whether there was memory for it."""
 
 from __future__ import annotations
 
@@ -78,6 +78,12 @@ def choose_precision(dtype: str | torch.dtype, device: torch.device, family: Fam
         wide = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return Precision(wanted, wanted, torch.bfloat16 if wide else torch.float32)
     return Precision(wanted, wanted, wanted)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that a device or the machine has no memory left."""
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
 
 
 def _native_cpu_dtype() -> torch.dtype:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import re
 import secrets
@@ -12,12 +11,8 @@ import unicodedata
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ldm.errors import LdmError
-
-if TYPE_CHECKING:
-    from ldm.pipeline.sample import Picture
 
 MAX_STEM_BYTES = 80
 
@@ -49,6 +44,13 @@ def stem_of(prompt: str) -> str:
 
 def check_output(output: Path) -> None:
     """Raise `LdmError` early where `output`, a .png file or a folder, can never be written."""
+    try:
+        _check_output(output)
+    except OSError as error:  # a name too long, a folder that may not be looked into
+        raise LdmError(f"{output}: cannot be written ({reason(error)}); choose another output") from None
+
+
+def _check_output(output: Path) -> None:
     if str(output) == "-":
         raise LdmError("output: found -, expected a .png file or a folder; pictures are not written to the terminal")
     if names_file(output) and output.is_dir():
@@ -72,18 +74,6 @@ def names_file(output: Path) -> bool:
 def output_path(output: Path, prompt: str, seed: int) -> Path:
     """Where a picture goes: `output` itself if it names a file, else a name from prompt and seed in that folder."""
     return output if names_file(output) else output / f"{stem_of(prompt)}-{seed}.png"
-
-
-def save_picture(picture: Picture, path: Path, *, model_hash: str | None = None) -> Path:
-    """Write a PNG with all metadata at `path`, or at path-2, path-3 ... where that is taken. Returns the path.
-
-    Raises `LdmError` where it cannot be written; then there is no file, and the picture is still in memory.
-    """
-    from ldm.pipeline.metadata import png_text
-
-    buffer = io.BytesIO()
-    picture.image.save(buffer, "PNG", pnginfo=png_text(picture, model_hash))
-    return write_new(path, buffer.getvalue())
 
 
 def write_new(path: Path, data: bytes) -> Path:

@@ -6,6 +6,7 @@ Tensors are (3, H, W) float32 in [-1, 1]. Colours are taken as sRGB: an embedded
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 16 * 2**20
 _FORMATS = ("PNG", "JPEG", "WEBP")
+
+DAMAGED = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error)
+"""What Pillow raises for a file that is cut or broken somewhere."""
 
 
 def read_picture(data: bytes) -> Image.Image:
@@ -41,7 +45,7 @@ def read_picture(data: bytes) -> Image.Image:
         raise LdmError(
             f"image: found far more than {MAX_PIXELS} pixels, expected at most that; scale it down"
         ) from None
-    except (OSError, ValueError, SyntaxError):
+    except DAMAGED:
         raise LdmError(f"image: found {_what(data)}, expected a PNG, JPEG or WebP picture") from None
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -49,7 +53,7 @@ def read_picture(data: bytes) -> Image.Image:
     try:
         image.load()
         return _flat(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, EOFError):
+    except DAMAGED:
         raise LdmError("image: found a truncated or damaged picture; get the file again") from None
 
 

@@ -23,13 +23,12 @@ from ldm.models.text_encoder import TextTower
 from ldm.models.tokenizer import tokenize, word_ids
 from ldm.models.unet import UNet
 from ldm.pipeline.images import picture_bytes
+from ldm.pipeline.picture import Picture
 from ldm.pipeline.request import GenerateRequest
 from ldm.types import Conditioning
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from ldm.pipeline.sample import Picture
 
 SIZE_FEATURES = 256
 """Sinusoidal features of each size, crop and score number (SDXL)."""

@@ -20,6 +20,7 @@ from ldm.errors import LdmError
 from ldm.models.presets import Family, PredictionType, SystemConfig
 from ldm.models.unet import UNet
 from ldm.pipeline.device import Precision, check_dtype, choose_device, choose_precision
+from ldm.pipeline.files import reason
 from ldm.pipeline.latent_diffusion import LatentDiffusion, Origin
 from ldm.types import Conditioning
 from ldm.weights.detect import Detection, detect
@@ -90,10 +91,12 @@ def load(
 def shipped_model() -> Path:
     """The path of the model to load where none is named. Raises LdmError where it is not there."""
     if named := os.environ.get(MODEL_VARIABLE):
-        if not Path(named).exists():
+        try:
+            Path(named).stat()
+        except OSError as error:
             raise LdmError(
-                f"{printable(named)}: no such file; it is named by the environment variable {MODEL_VARIABLE}"
-            )
+                f"{printable(named)}: {reason(error)}; it is named by the environment variable {MODEL_VARIABLE}"
+            ) from None
         return Path(named)
     if not SHIPPED.exists():
         raise LdmError(

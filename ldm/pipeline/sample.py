@@ -11,20 +11,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ldm.diffusion.consistency import consistency
 from ldm.diffusion.guidance import guided
 from ldm.diffusion.noise import PerImageNoise, per_image_noise
 from ldm.diffusion.state import finish_state
 from ldm.errors import LdmError
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.pipeline.files import save_picture
+from ldm.pipeline.device import is_out_of_memory
 from ldm.pipeline.images import to_image
 from ldm.pipeline.latent_diffusion import LatentDiffusion
+from ldm.pipeline.picture import Picture
 from ldm.pipeline.request import GenerateRequest
 from ldm.samplers import SAMPLERS
 from ldm.types import Conditioning, Denoise, NoiseSource, Step
@@ -46,32 +46,6 @@ class Progress:
     done: int
     steps: int
     step: Step | None = None
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One picture and all that it takes to make it again.
-
-    index:   its place in the request that was asked
-    seed:    its own
-    request: for this picture alone: its own seed, count 1, nothing left to a default
-    model:   the model's name, None if it has none; dtype: of its U-Net
-    notes:   what a reader should know, a line each
-    seconds: its share of the time that denoising and decoding took
-    """
-
-    image: Image.Image
-    index: int
-    seed: int
-    request: GenerateRequest
-    model: str | None
-    dtype: str
-    notes: tuple[str, ...]
-    seconds: float
-
-    def save(self, path: str | Path, *, model_hash: str | None = None) -> Path:
-        """Write a PNG with all metadata; the path it got, which has a number where `path` was taken."""
-        return save_picture(self, Path(path), model_hash=model_hash)
 
 
 @dataclass(frozen=True)
@@ -139,6 +113,8 @@ def _batch(model: LatentDiffusion, job: Job, first: int, count: int) -> Iterator
     noise = per_image_noise(model.latent_shape(request.width, request.height), seeds, device=model.device)
     uncond = None if job.uncond is None else job.uncond.repeat(count)
     denoise = guided(model.denoiser(), job.cond.repeat(count), uncond, request.guidance, rescale=request.rescale)
+    if request.sampler == "lcm":
+        denoise = consistency(denoise, model.schedule)
     steps = len(job.sigmas) - 1
     yield Progress(first, count, 0, steps)
     x = job.start(noise)
@@ -196,9 +172,3 @@ def decode(autoencoder: AutoencoderKL, latents: Tensor) -> tuple[Tensor, tuple[s
     if bool((pixels.flatten(2).std(dim=2) < 2 / 255).all(dim=1).any()):
         notes = (*notes, "the picture is of one colour")
     return pixels, notes
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that a device or the machine has no memory left."""
-    words = ("can't allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)

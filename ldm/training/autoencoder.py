@@ -80,9 +80,9 @@ class AutoencoderObjective(nn.Module):
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:
         """PSNR in dB over held-out pictures, and a sheet of them above their reconstructions."""
         images = to_unit(self.held_out[:64])
-        decoded = torch.cat(
-            [self.autoencoder.reconstruct(self.autoencoder.posterior(x).mode()) for x in images.split(16)]
-        )
+        device = next(self.autoencoder.parameters()).device
+        means = [self.autoencoder.posterior(part.to(device)).mode() for part in images.split(16)]
+        decoded = torch.cat([self.autoencoder.reconstruct(mean).cpu() for mean in means])
         error = ((decoded.clamp(-1, 1) - images) / 2).square().flatten(1).mean(dim=1)
         rows = [picture for i in range(0, 16, 8) for picture in (*images[i : i + 8], *decoded[i : i + 8])]
         save_sheet(torch.stack(rows), folder / f"reconstruction-{step:06d}.png", columns=8)

@@ -75,11 +75,15 @@ class CLIPObjective(nn.Module):
         """images (B, 3, size, size) in [-1, 1] and ids (B, 77)."""
         chosen = self.kept[torch.randint(len(self.kept), (count,), generator=generator).numpy()].tolist()
         draw = torch.rand(count, 2, generator=generator).tolist()
-        images = shrink(to_unit(np.stack([self.pictures[i] for i in chosen])), self.size)
+        images = self._images(chosen)
         mirror = torch.tensor([bool(self.flips[i]) and u < 0.5 for i, (u, _) in zip(chosen, draw, strict=True)])
         images = torch.where(mirror[:, None, None, None], images.flip(-1), images)
         rows = [self.ids[i][int(u * len(self.ids[i]))] for i, (_, u) in zip(chosen, draw, strict=True)]
         return {"images": images, "ids": torch.from_numpy(np.stack(rows)).long()}
+
+    def _images(self, numbers: Sequence[int] | np.ndarray) -> Tensor:
+        """Pictures by number, at the size that the image tower takes."""
+        return shrink(to_unit(np.stack([self.pictures[i] for i in numbers])), self.size)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """-> loss, and how often a picture's own caption is the nearest in the batch."""
@@ -95,9 +99,10 @@ class CLIPObjective(nn.Module):
 
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:
         """Retrieval over the held-out pairs: how often a caption's own picture comes first, or among the first five."""
-        rows = torch.from_numpy(np.stack([self.ids[i][0] for i in self.held_out])).long()
+        device = self.model.logit_scale.device
+        rows = torch.from_numpy(np.stack([self.ids[i][0] for i in self.held_out])).long().to(device)
         parts = [
-            self.features(shrink(to_unit(self.pictures[self.held_out[a : a + 64]]), self.size), rows[a : a + 64])
+            self.features(self._images(self.held_out[a : a + 64]).to(device), rows[a : a + 64])
             for a in range(0, len(rows), 64)
         ]
         image, text = (torch.cat(side) for side in zip(*parts, strict=True))

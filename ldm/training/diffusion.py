@@ -17,6 +17,7 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.loss import min_snr_weight
 from ldm.diffusion.prediction import PredictionType, training_target
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.state import noised
 from ldm.models.unet import UNet
 from ldm.types import Conditioning
 
@@ -100,19 +101,18 @@ class DiffusionObjective(nn.Module):
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The weighted error of each row, (B,)."""
         x0, noise = batch["latents"], batch["noise"]
-        sigma = self.schedule.sigma(batch["timestep"]).to(x0)
-        x = x0 + sigma[:, None, None, None] * noise
-        output, _ = self.denoiser.output(x, sigma, Conditioning(cross=batch["states"]))
+        sigma = self.schedule.sigma(batch["timestep"])  # on the CPU in float64, where the schedule is
+        output, _ = self.denoiser.output(noised(x0, noise, sigma), sigma, Conditioning(cross=batch["states"]))
         target = training_target(self.prediction, x0, noise, sigma)
         error = (output.float() - target).square().flatten(1).mean(dim=1)
-        return error * min_snr_weight(sigma, self.prediction, self.gamma)
+        return error * min_snr_weight(sigma, self.prediction, self.gamma).to(error)
 
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:
         """The loss on held-out pictures with noise that is the same every time, and whatever `preview` draws."""
         generator = torch.Generator().manual_seed(1)
-        losses = [
-            self.loss(self._rows(self.held_out[a : a + 64], generator, 0.0)) for a in range(0, len(self.held_out), 64)
-        ]
+        device = next(self.unet.parameters()).device
+        batches = [self._rows(self.held_out[a : a + 64], generator, drop=0.0) for a in range(0, len(self.held_out), 64)]
+        losses = [self.loss({name: t.to(device) for name, t in batch.items()}) for batch in batches]
         if self.preview is not None:
             self.preview(self.unet, folder / f"samples-{step:06d}.png")
         return {"held_out": float(torch.cat(losses).mean())}

@@ -3,6 +3,8 @@
 FOLDER/latents.npy   float16 (N, z, h, w)   FOLDER/flips.npy   bool (N,), may picture i be mirrored
 FOLDER/states.npy    float16 (M, 77, D)     FOLDER/first.npy   int64 (N + 1,), captions of picture i
 FOLDER/empty.npy     float16 (77, D), the states of no caption
+
+They are written into a folder that gets its name when all of them are whole.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 
 from ldm.data.records import Record, may_flip
+from ldm.errors import LdmError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.presets import TextUse
 from ldm.models.text_encoder import TextTower
@@ -88,7 +91,9 @@ def _states(tower: TextTower, use: TextUse, texts: Sequence[str]) -> np.ndarray:
 
 
 def open_latents(folder: Path) -> LatentPictures:
-    """What `encode_pictures` and `encode_captions` wrote, mapped into memory."""
+    """What `encode_pictures` and `encode_captions` wrote, mapped into memory. Raises LdmError where it is not there."""
+    if not folder.is_dir():
+        raise LdmError(f"{folder}: not found; encode the pictures and captions first (ldm train small-latents)")
     latents, flips, first, empty = (np.load(folder / f"{name}.npy") for name in ("latents", "flips", "first", "empty"))
     return LatentPictures(latents, flips, np.load(folder / "states.npy", mmap_mode="r"), first, empty)
 

@@ -77,7 +77,10 @@ class LoopConfig:
     log_every: int = 50
 
 
-FREE_TO_CHANGE = {"steps", "cooldown", "rate", "save_every", "evaluate_every", "log_every", "compile", "precision"}
+FREE_TO_CHANGE = {
+    *("steps", "cooldown", "rate", "ema"),
+    *("save_every", "evaluate_every", "log_every", "compile", "precision"),
+}
 """Fields of LoopConfig that a resumed run may have changed."""
 BAD_STEPS_ALLOWED = 10
 
@@ -150,11 +153,14 @@ def train(objective: torch.nn.Module, config: LoopConfig, output: Path) -> EMA:
                 text = " ".join(f"{name} {value:.4f}" for name, value in figures.items())
                 log.info("step %d/%d  %s  %.1f/s", done, config.steps, text, seen / (now - clock))
                 clock, seen = now, 0
-            if done % config.save_every == 0 or done == config.steps or stop():
+            saved = done % config.save_every == 0 or done == config.steps
+            if saved:
                 save(done)
-            if done % config.evaluate_every == 0 or done == config.steps:
+            if (done % config.evaluate_every == 0 or done == config.steps) and not stop():
                 _evaluate(objective, ema, output, done)
             if signalled := stop():
+                if not saved:
+                    save(done)
                 log.info("stopped at step %d, saved in %s", done, output)
                 raise KeyboardInterrupt if signalled == signal.SIGINT else SystemExit(128 + signalled)
     return ema
@@ -213,7 +219,8 @@ def _evaluate(objective: torch.nn.Module, ema: EMA, output: Path, step: int) -> 
     ema.swap(objective)
     objective.eval()
     try:
-        with torch.no_grad():
+        # Compiling the network anew for the few shapes of an evaluation would cost minutes.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             figures = objective.evaluate(output, step)
     finally:
         objective.train()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
 
-from ldm.data.heldout import read_prompts
 from ldm.data.packed import open_packed
 from ldm.data.records import KIND_SHARES, Record, may_flip
 from ldm.errors import LdmError
@@ -29,14 +30,15 @@ from ldm.training.diffusion import DiffusionObjective
 from ldm.training.latents import centre_latents, encode_captions, encode_pictures, open_latents
 from ldm.training.loop import LoopConfig, train
 from ldm.training.sheets import save_sheet
+from ldm.weights.save import write_tensors
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT = "ldm-small.safetensors"
 HELD_OUT_EVERY = 70
 """Every 70th picture of the packed set is never trained on: it is what the losses are watched on."""
-PREVIEW_EVERY = 2
-"""Every second prompt of the published sheet is drawn while the network trains, so 32 pictures."""
+PREVIEWS = 32
+"""Captions of held-out pictures that are drawn while the network trains; none is on the published sheet."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,11 @@ def encode_all(work: Workspace, loop: None) -> None:
     """Encode what the network is trained on, once."""
     pictures, records = open_packed(work.pictures, work.config.size)
     folder = work.stage("latents")
-    encode_pictures(_autoencoder(work), pictures, records, folder)
-    encode_captions(_text(work), work.config.text[0], records, folder)
+    unfinished = folder.with_suffix(".tmp")
+    encode_pictures(_autoencoder(work), pictures, records, unfinished)
+    encode_captions(_text(work), work.config.text[0], records, unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
 
 
 def train_unet(work: Workspace, loop: LoopConfig | None) -> None:
@@ -98,6 +103,8 @@ def train_unet(work: Workspace, loop: LoopConfig | None) -> None:
     assert loop is not None
     _, records = open_packed(work.pictures, work.config.size)
     data = open_latents(work.stage("latents"))
+    held_out = range(0, len(records), HELD_OUT_EVERY)
+    previews = [records[i]["texts"][0] for i in held_out[:: max(1, len(held_out) // PREVIEWS)]][:PREVIEWS]
     if len(data) != len(records):
         raise LdmError(f"{work.stage('latents')}: {len(data)} latents for {len(records)} pictures; encode them again")
     model = _system(work)
@@ -106,9 +113,9 @@ def train_unet(work: Workspace, loop: LoopConfig | None) -> None:
         model.schedule,
         model.config.prediction,
         data,
-        range(0, len(records), HELD_OUT_EVERY),
+        held_out,
         share=_shares(records),
-        preview=lambda unet, path: _preview(replace(model, unet=unet), path),
+        preview=lambda unet, path: _preview(replace(model, unet=unet), previews, path),
     )
     train(objective, loop, work.stage("unet")).swap(objective)
     _save(model.unet, work.stage("unet") / "unet.safetensors")
@@ -129,8 +136,8 @@ def _shares(records: list[Record]) -> np.ndarray:
     return np.array([KIND_SHARES[record["kind"]] / counts[record["kind"]] for record in records])
 
 
-def _preview(model: LatentDiffusion, path: Path) -> None:
-    """Draw half of the published prompts, first seed only, on the device where the U-Net is."""
+def _preview(model: LatentDiffusion, prompts: Sequence[str], path: Path) -> None:
+    """Draw each prompt with the first seed, on the device where the U-Net is."""
     device = next(model.unet.parameters()).device
     model = replace(
         model,
@@ -138,7 +145,7 @@ def _preview(model: LatentDiffusion, path: Path) -> None:
         autoencoder=model.autoencoder.to(device),
         text=tuple(tower.to(device) for tower in model.text),
     )
-    pictures = [model.generate(p["prompt"], seed=0, steps=15)[0] for p in read_prompts()[::PREVIEW_EVERY]]
+    pictures = [model.generate(prompt, seed=0, steps=15)[0] for prompt in prompts]
     images = [torch.from_numpy(np.array(p.image)).permute(2, 0, 1) / 127.5 - 1 for p in pictures]
     save_sheet(torch.stack(images), path, columns=8)
 
@@ -171,5 +178,4 @@ def _needed(path: Path) -> Path:
 
 
 def _save(module: nn.Module, path: Path) -> None:
-    tensors: dict[str, Tensor] = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    save_file(tensors, path)
+    write_tensors(path, module.state_dict(), {})

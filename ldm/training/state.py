@@ -2,12 +2,15 @@
 
     OUTPUT/step-00001000/  manifest.json  weights.safetensors  ema.safetensors  optimizer.safetensors
 
-The manifest is written last and names the size of every file; a folder without a valid one is passed over. No pickles.
+The manifest is written last and holds the SHA-256 of every file; a folder whose files do not agree with it is passed
+over. No pickles.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from ldm.errors import LdmError
 
+log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 
 
@@ -38,13 +42,13 @@ def save_state(output: Path, state: RunState, keep: int = 2) -> Path:
     temporary = output / f"{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    sizes = {}
+    hashes = {}
     for name, tensors in state.tensors.items():
         path = temporary / f"{name}.safetensors"
         save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, path)
         _sync(path)
-        sizes[path.name] = path.stat().st_size
-    manifest = {"step": state.step, "facts": state.facts, "files": sizes}
+        hashes[path.name] = _hash(path)
+    manifest = {"step": state.step, "facts": state.facts, "files": hashes}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
     _sync(temporary / MANIFEST)
     shutil.rmtree(final, ignore_errors=True)
@@ -61,12 +65,12 @@ def load_state(output: Path) -> RunState | None:
         try:
             manifest = json.loads((folder / MANIFEST).read_text())
             files = manifest["files"]
-            if any((folder / name).stat().st_size != size for name, size in files.items()):
-                continue
+            if any(_hash(folder / name) != expected for name, expected in files.items()):
+                raise ValueError("a file was changed after it was saved")
             tensors = {name.removesuffix(".safetensors"): load_file(folder / name) for name in files}
-        except (OSError, ValueError, KeyError):
-            continue
-        return RunState(manifest["step"], manifest["facts"], tensors)
+            return RunState(manifest["step"], manifest["facts"], tensors)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("%s: damaged (%s), passed over", folder, error)
     return None
 
 
@@ -101,6 +105,11 @@ def _saves(output: Path) -> list[Path]:
     """Finished saves, newest first."""
     folders = [p for p in output.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
     return sorted(folders, reverse=True)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -13,10 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 
 from ldm import __version__
 from ldm.apps.cli import main
+from ldm.apps.generate import _hash_in_background
 from ldm.models.presets import SystemConfig, sd2, small, tiny
 from ldm.pipeline.metadata import read_metadata
 
@@ -149,6 +155,8 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "output jpg": (["generate", "x", "-o", "a.jpg"], "a.jpg: expected a name that ends in .png, or a folder"),
     "output file": (["generate", "x", "-o", "empty"], "empty: expected a name that ends in .png, or a folder"),
     "output below a file": (["generate", "x", "-o", "empty/a.png"], "empty: is not a folder"),
+    "output long": (["generate", "x", "-o", "x" * 300], "cannot be written (file name too long); choose another"),
+    "output long png": (["generate", "x", "-o", "x" * 300 + ".png"], "cannot be written (file name too long)"),
     "no model": (["generate", "x", "--model", "none.safetensors"], "none.safetensors: "),
     "wrong model": (["generate", "x", "--model", "binary"], "binary: "),
     "no image": (["img2img", "x"], "--image FILE"),
@@ -179,6 +187,130 @@ def test_refused_in_one_line_with_nothing_written(arguments, message, tiny_model
     pieces = message.split(".*")
     assert all(piece in err for piece in pieces), err
     assert files(tmp_path) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="a POSIX system's rights")
+def test_an_output_where_we_may_not_look(tiny_model, tmp_path, capsys):
+    main(["generate", "x", "-o", "-"])  # to import as ourselves
+    capsys.readouterr()
+    tmp_path.chmod(0o711)
+    Path("locked").mkdir(mode=0)
+    user = os.geteuid()
+    if user == 0:  # who may look everywhere
+        os.seteuid(65534)
+    try:
+        assert main(["generate", "x", "-o", "locked/a.png"]) == 2
+    finally:
+        os.seteuid(user)
+        Path("locked").chmod(0o700)
+    assert capsys.readouterr() == (
+        "",
+        "ldm: locked/a.png: cannot be written (permission denied); choose another output\n",
+    )
+
+
+UNET_BIAS = "model.diffusion_model.out.2.bias"
+
+
+def edited(good: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> bytes:
+    """A model's file after a change to its tensors."""
+    tensors = load_file(good)
+    change(tensors)
+    with safe_open(good, "pt") as file:
+        return save(tensors, file.metadata())
+
+
+BROKEN: dict[str, tuple[Callable[[Path], bytes], str]] = {
+    "empty": (lambda good: b"", "empty file"),
+    "html": (lambda good: b"<!DOCTYPE html><html>", "HTML"),
+    "truncated": (lambda good: good.read_bytes()[:-100], "incomplete"),
+    "pickle": (lambda good: pickle.dumps({"state_dict": {}}), "pickle"),
+    "missing": (lambda good: edited(good, lambda t: t.pop(UNET_BIAS)), "do not fit"),
+    "misshapen": (lambda good: edited(good, lambda t: t.update({UNET_BIAS: torch.ones(7)})), "do not fit"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), BROKEN.values(), ids=BROKEN)
+def test_broken_models_are_refused_in_one_line(make, message, tiny_model, tmp_path, capsys):
+    Path("bad.safetensors").write_bytes(make(tiny_model))
+    for command in (["info", "bad.safetensors"], ["generate", "x", "--model", "bad.safetensors"]):
+        assert main(command) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("ldm: bad.safetensors: ") and err.count("\n") == 1 and message in err
+    assert files(tmp_path) == ["bad.safetensors"]
+
+
+def test_a_folder_is_no_model(tiny_model, tmp_path, capsys):
+    for command in (["info", "."], ["generate", "x", "--model", "."]):
+        assert main(command) == 2
+        assert "is a folder" in capsys.readouterr().err
+    assert files(tmp_path) == []
+
+
+def test_info_of_a_good_and_of_a_damaged_file(tiny_model, capsys):
+    assert main(["info", str(tiny_model)]) == 0
+    out, err = capsys.readouterr()
+    assert "checkpoint" in out and "U-Net" in out and "PROBLEM" not in out and err == ""
+    assert main(["info", str(tiny_model), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["system"]["family"] == "ldm"
+    Path("nan").write_bytes(edited(tiny_model, lambda t: t[UNET_BIAS].fill_(torch.nan)))
+    assert main(["info", "nan"]) == 0
+    capsys.readouterr()
+    assert main(["info", "nan", "--deep"]) == 2
+    out, err = capsys.readouterr()
+    assert "PROBLEM" in out and UNET_BIAS in out
+    assert err == "ldm: nan: 1 of its tensors hold numbers that are not finite\n"
+
+
+GAVE_UP = {
+    "gpu full": (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
+        "no memory left (CUDA out",
+    ),
+    "machine full": (MemoryError(), "no memory left (MemoryError)"),
+    "gpu lost": (
+        RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors"),
+        "the GPU failed (CUDA error",
+    ),
+}
+
+
+@pytest.mark.parametrize(("error", "message"), GAVE_UP.values(), ids=GAVE_UP)
+def test_a_machine_that_gives_up(error, message, tiny_model, tmp_path, capsys, monkeypatch):
+    def give_up(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("ldm.pipeline.load.load", give_up)
+    assert main(["generate", "x"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"ldm: {message}") and err.count("\n") == 1 and files(tmp_path) == []
+
+
+def test_a_bug_is_not_taken_for_it(tiny_model, monkeypatch):
+    def bug(*_: object, **__: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("ldm.pipeline.load.load", bug)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        main(["generate", "x"])
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_hash_that_fails_is_not_waited_for(tiny_model, monkeypatch):
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("hashlib.file_digest", fail)
+    with pytest.raises(MemoryError):
+        _hash_in_background(tiny_model).result(timeout=60)
+
+
+def test_training_without_its_packages(tmp_path):
+    code = "import sys; sys.modules['accelerate'] = None; from ldm.apps.cli import main; sys.exit(main(['train', 'x']))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    answer = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True, capture_output=True)
+    assert answer.returncode == 2
+    assert answer.stderr == "ldm: train: the package accelerate is not installed; pip install -e '.[train]'\n"
 
 
 def test_a_model_that_cannot_draw_from_text(tiny_model, tiny_file, tmp_path, capsys):
@@ -251,11 +383,16 @@ def test_help_is_quick_and_needs_neither_home_nor_terminal(tmp_path):
     """In a process of its own: no HOME, a plain locale, files in the way, and no torch."""
     (tmp_path / "torch.py").write_text("raise SystemExit('the wrong torch')")
     env = {"HOME": "/nonexistent", "LC_ALL": "C", "PYTHONDONTWRITEBYTECODE": "1"}
-    ldm("--help", cwd=tmp_path, env=env)  # once, to warm the disk
-    begun = time.perf_counter()
-    answer = ldm("--help", cwd=tmp_path, env=env)
-    assert answer.returncode == 0 and "generate" in answer.stdout and answer.stderr == ""
-    assert time.perf_counter() - begun < 5  # well under 1 s on an idle machine
+    helped, imported_torch = [], []
+    for _ in range(3):  # in turns, so that both have the machine as it is; the first round warms the disk
+        begun = time.perf_counter()
+        answer = ldm("--help", cwd=tmp_path, env=env)
+        helped.append(time.perf_counter() - begun)
+        assert answer.returncode == 0 and "generate" in answer.stdout and answer.stderr == ""
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import torch"], cwd=ROOT, check=True)
+        imported_torch.append(time.perf_counter() - begun)
+    assert min(helped) < 0.7 * min(imported_torch)
     code = "import sys; from ldm.apps.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "print([m for m in ('torch', 'numpy', 'transformers', 'open_clip') if m in sys.modules])"
     imported = subprocess.run(
@@ -274,6 +411,28 @@ def test_a_picture_from_a_poor_environment(tiny_model, tmp_path):
     answer = subprocess.run(["sh", "-c", script], cwd=work, env=env, capture_output=True, timeout=120)
     assert (answer.returncode, answer.stdout, answer.stderr) == (0, b"", b"")
     assert files(work) == ["torch.py", "épée-1.png"]
+
+
+def test_the_bar_on_a_terminal(tiny_model, tmp_path):
+    pty = pytest.importorskip("pty", reason="a POSIX system's terminals")
+    ours, theirs = pty.openpty()
+    code = "import sys; from ldm.apps.cli import main; sys.exit(main())"
+    arguments = ["generate", "a [red] apple", "--steps", "3", "--count", "2", "--seed", "1"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100", "LINES": "30"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, env=env, stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux' way to say that the other end is closed
+        while piece := os.read(ours, 4096):
+            shown += piece
+    os.close(ours)
+    text = shown.decode()
+    assert process.wait(timeout=120) == 0 and "Traceback" not in text
+    assert "loading" in text and "a [red] apple  step 3/3" in text and "100%" in text
+    for name in ("a-red-apple-1.png", "a-red-apple-2.png"):
+        assert f"{name}  seed " in text and (tmp_path / name).exists()
 
 
 def test_a_wrong_flag_in_a_process_of_its_own(tmp_path):

@@ -71,12 +71,12 @@ def test_the_first_frame_of_an_animation():
     assert np.asarray(read_picture(data))[0, 0].tolist() == [255, 0, 0]
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds next to nothing."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
     size = width.to_bytes(4, "big") + height.to_bytes(4, "big")
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size + b"\x08\x02\0\0\0") + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
@@ -97,6 +97,9 @@ BAD = {
     "cut jpeg": (encoded(noise(), "JPEG")[:-200], "truncated or damaged"),
     "cut webp": (encoded(noise(), "WEBP")[:-200], "truncated or damaged"),
     "bad crc": (WHOLE[:60] + bytes([WHOLE[60] ^ 255]) + WHOLE[61:], "truncated or damaged"),
+    "short eXIf": (WHOLE[:33] + chunk(b"eXIf", b"II*\0") + WHOLE[33:], "truncated or damaged"),
+    "empty iCCP": (WHOLE[:33] + chunk(b"iCCP", b"") + WHOLE[33:], "truncated or damaged"),
+    "empty iCCP at the end": (WHOLE[:-12] + chunk(b"iCCP", b"") + WHOLE[-12:], "truncated or damaged"),
     "huge header": (png_header(20_000, 20_000), "found far more than 16777216 pixels"),
     "large header": (png_header(10_000, 10_000), "found 10000x10000, expected at most 16777216 pixels"),
     "no pixels": (png_header(0, 0), "truncated or damaged"),

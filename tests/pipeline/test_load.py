@@ -243,7 +243,10 @@ def test_the_environment_may_name_the_model(path: Path, tmp_path: Path, monkeypa
     monkeypatch.setenv(MODEL_VARIABLE, str(path))
     assert load().origin.path == path
     monkeypatch.setenv(MODEL_VARIABLE, str(tmp_path / "absent"))
-    with pytest.raises(LdmError, match=f"absent: no such file; .*{MODEL_VARIABLE}"):
+    with pytest.raises(LdmError, match=f"absent: no such file or directory; .*{MODEL_VARIABLE}"):
+        load()
+    monkeypatch.setenv(MODEL_VARIABLE, "x" * 300)
+    with pytest.raises(LdmError, match=f"file name too long; .*{MODEL_VARIABLE}"):
         load()
 
 

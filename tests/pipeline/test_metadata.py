@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +17,9 @@ from ldm.errors import LdmError
 from ldm.models.presets import sd1, tiny
 from ldm.pipeline.latent_diffusion import LatentDiffusion, Origin
 from ldm.pipeline.load import random_system
-from ldm.pipeline.metadata import SCHEDULE_TITLES, parameters_text, read_metadata
+from ldm.pipeline.metadata import read_metadata
+from ldm.pipeline.picture import SCHEDULE_TITLES, Picture, parameters_text
 from ldm.pipeline.request import GenerateRequest
-from ldm.pipeline.sample import Picture
 from ldm.samplers import SAMPLERS
 
 HASH = "0123456789abcdef" * 4
@@ -154,6 +155,15 @@ def test_a_hostile_request_is_refused(tmp_path):
 def test_no_png(tmp_path):
     (tmp_path / "a.png").write_bytes(b"<html>")
     Image.new("RGB", (8, 8)).save(tmp_path / "b.jpg")
-    for name in ("a.png", "b.jpg", "missing.png"):
+    whole = picture().save(tmp_path / "c.png").read_bytes()
+    (tmp_path / "c.png").write_bytes(whole[:-12] + bytes(4) + b"iCCP" + zlib.crc32(b"iCCP").to_bytes(4, "big"))
+    for name in ("a.png", "b.jpg", "c.png", "missing.png"):
         with pytest.raises(LdmError, match=f"{name}: cannot be read as a PNG picture"):
             read_metadata(tmp_path / name)
+
+
+def test_a_picture_too_large_to_be_read(tmp_path, monkeypatch):
+    path = picture().save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(LdmError, match=r"a.png: cannot be read as a PNG picture .*decompression bomb"):
+        read_metadata(path)

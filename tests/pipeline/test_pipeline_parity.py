@@ -27,8 +27,9 @@ from ldm.models.tokenizer import END
 from ldm.pipeline.images import to_image
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import random_system
+from ldm.pipeline.picture import Picture
 from ldm.pipeline.request import GenerateRequest
-from ldm.pipeline.sample import Picture, Progress
+from ldm.pipeline.sample import Progress
 from ldm.tasks import run
 
 STEPS = 10

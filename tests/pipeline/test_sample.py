@@ -15,10 +15,12 @@ from ldm.diffusion.sigmas import SCHEDULES
 from ldm.errors import LdmError
 from ldm.models.presets import sd1, tiny
 from ldm.pipeline import sample
+from ldm.pipeline.device import is_out_of_memory
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import random_system
+from ldm.pipeline.picture import Picture
 from ldm.pipeline.request import GenerateRequest, SamplerName, ScheduleName
-from ldm.pipeline.sample import Picture, Progress, batch_size, decode, is_out_of_memory
+from ldm.pipeline.sample import Progress, batch_size, decode
 from ldm.samplers import SAMPLERS
 from ldm.tasks import run
 from ldm.types import Conditioning
@@ -191,6 +193,13 @@ def test_every_sampler_at_few_steps(sampler: SamplerName, model):
     for steps in (1, 2, 3):
         (picture,) = model.generate("x", sampler=sampler, steps=steps, seed=0)
         assert picture.image.size == (64, 64) and picture.notes == ()
+
+
+def test_lcm_runs_on_a_consistency_function(model):
+    """Its answer at timestep 0, the last one of this schedule, is the state itself (Song et al. 2023, section 3)."""
+    request = GenerateRequest(prompt="x", steps=3, seed=0, sampler="lcm", schedule="linspace")
+    *_, before, last = [event.step for event in run(model, request) if isinstance(event, Progress) and event.step]
+    assert torch.allclose(last.x, before.x * (1 + last.sigma**2) ** -0.5, atol=1e-5)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

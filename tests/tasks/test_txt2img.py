@@ -14,8 +14,9 @@ from ldm.errors import LdmError
 from ldm.models.presets import sd1, sd2, sd_x4_upscaler, sdxl, small, tiny
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import random_system
+from ldm.pipeline.picture import Picture
 from ldm.pipeline.request import GenerateRequest
-from ldm.pipeline.sample import Picture, Progress
+from ldm.pipeline.sample import Progress
 from ldm.tasks import run
 from ldm.types import Conditioning
 

@@ -97,11 +97,22 @@ def test_ten_bad_steps_stop_the_run_and_keep_the_last_save(tmp_path: Path) -> No
     assert all(torch.isfinite(t).all() for t in state.tensors["weights"].values())
 
 
-def test_a_damaged_newest_save_is_passed_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["cut", "bent", "no manifest", "null manifest", "no file"])
+def test_a_damaged_newest_save_is_passed_over(tmp_path: Path, damage: str) -> None:
     train(Line(), CONFIG, tmp_path)
     newest = tmp_path / "step-00000020"
-    weights = newest / "weights.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
+    weights, manifest = newest / "weights.safetensors", newest / "manifest.json"
+    match damage:
+        case "cut":
+            weights.write_bytes(weights.read_bytes()[:-1])
+        case "bent":
+            weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+        case "no manifest":
+            manifest.unlink()
+        case "null manifest":
+            manifest.write_text("null")
+        case "no file":
+            weights.unlink()
     state = load_state(tmp_path)
     assert state is not None and state.step == 15
 
@@ -136,6 +147,18 @@ def test_a_signal_saves_the_step_and_ends_the_run(
     state = load_state(tmp_path)
     assert state is not None and state.step == 7
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+def test_a_signal_during_an_evaluation_loses_no_step(tmp_path: Path) -> None:
+    class Interrupted(Line):
+        def evaluate(self, folder: Path, step: int) -> dict[str, float]:
+            signal.raise_signal(signal.SIGTERM)
+            return {}
+
+    with pytest.raises(SystemExit):
+        train(Interrupted(), replace(CONFIG, evaluate_every=7), tmp_path)
+    state = load_state(tmp_path)
+    assert state is not None and state.step == 7
 
 
 def test_learning_rates_against_hand_worked_values() -> None:

@@ -1,9 +1,9 @@
 """Draw all pictures of the training set from their public packages: about ten minutes on one core.
 
-    pip install "ldm[data]"
+    pip install -e ".[data]"
     mkdir npm                              # and fetch and unpack the packages, as the head of sources.py says
     python -m ldm.data.pictures.build --npm npm --out shards
-    python -m ldm.data.packed --shards shards --out packed --size 128          # ready for training
+    python -m ldm.data.packed --shards shards --out runs/data --size 128       # ready for training
 
 Writes `pictures-*.tar` to train on, `heldout-*.tar` never to train on (see splits.py), and the attributions CREDITS.md.
 The same packages give the same pictures and captions.

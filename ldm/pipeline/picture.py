@@ -1,0 +1,114 @@
+"""One picture, and the PNG file that says how it was made: AUTOMATIC1111's `parameters` text, and our request as JSON.
+
+Other programs read the first, `ldm.pipeline.metadata` the second.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, PngImagePlugin
+
+from ldm import __version__
+from ldm.pipeline.files import write_new
+from ldm.pipeline.request import GenerateRequest
+from ldm.samplers import SAMPLERS
+
+KEYWORD = "ldm"
+"""The PNG text chunk that holds our JSON."""
+
+SCHEDULE_TITLES = {
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "sgm-uniform": "SGM Uniform",
+    "linspace": "Uniform",
+    "leading": "DDIM",
+    "trailing": "Trailing",
+    "lcm": "LCM",
+}
+"""Other programs' names of the sigma schedules; the last two are ours, as they have none."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture and all that it takes to make it again.
+
+    index:   its place in the request that was asked
+    seed:    its own
+    request: for this picture alone: its own seed, count 1, nothing left to a default
+    model:   the model's name, None if it has none; dtype: of its U-Net
+    notes:   what a reader should know, a line each
+    seconds: its share of the time that denoising and decoding took
+    """
+
+    image: Image.Image
+    index: int
+    seed: int
+    request: GenerateRequest
+    model: str | None
+    dtype: str
+    notes: tuple[str, ...]
+    seconds: float
+
+    def save(self, path: str | Path, *, model_hash: str | None = None) -> Path:
+        """Write a PNG with all metadata at `path`, or at path-2, path-3 ... where that is taken. Returns the path.
+
+        model_hash: the SHA-256 of the model's file, in hexadecimal. Raises `LdmError` where it cannot be written; then
+        there is no file, and the picture is still in memory.
+        """
+        buffer = io.BytesIO()
+        self.image.save(buffer, "PNG", pnginfo=png_text(self, model_hash))
+        return write_new(Path(path), buffer.getvalue())
+
+
+def png_text(picture: Picture, model_hash: str | None = None) -> PngImagePlugin.PngInfo:
+    """Both text chunks of a picture. model_hash: the SHA-256 of the model's file, in hexadecimal."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", parameters_text(picture, model_hash))
+    record = {
+        "version": __version__,
+        "request": picture.request.record(),
+        "model": picture.model,
+        "model_hash": model_hash,
+        "dtype": picture.dtype,
+        "notes": list(picture.notes),
+    }
+    info.add_text(KEYWORD, json.dumps(record))
+    return info
+
+
+def parameters_text(picture: Picture, model_hash: str | None = None) -> str:
+    """The prompt, the negative prompt and one line of settings, as AUTOMATIC1111's web UI writes and reads them."""
+    request = picture.request
+    settings: dict[str, object] = {
+        "Steps": request.steps,
+        "Sampler": SAMPLERS[request.sampler].title,
+        "Schedule type": SCHEDULE_TITLES[request.schedule or SAMPLERS[request.sampler].schedule],
+        "CFG scale": f"{request.guidance:g}",
+        "Seed": request.seed,
+        "Size": f"{picture.image.width}x{picture.image.height}",
+    }
+    if model_hash is not None:
+        settings["Model hash"] = model_hash[:10]
+    if picture.model is not None:
+        settings["Model"] = picture.model
+    if request.image is not None:
+        settings["Denoising strength"] = f"{request.strength:g}"
+    if request.clip_skip is not None and request.clip_skip > 1:
+        settings["Clip skip"] = request.clip_skip
+    settings["RNG"] = "CPU"
+    if request.eta is not None:
+        settings["Eta"] = f"{request.eta:g}"
+    settings["Version"] = f"ldm-{__version__}"
+    lines = [request.prompt, f"Negative prompt: {request.negative}" if request.negative else ""]
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items()))
+    return "\n".join(line for line in lines if line)
+
+
+def _quoted(value: object) -> str:
+    """A value as it stands, or as a JSON string where it holds what divides values."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
