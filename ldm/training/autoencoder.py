@@ -13,9 +13,10 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.training.loop import Objective
 from ldm.training.sheets import save_sheet
 
 Transform = Literal["none", "halve", "mirror"]
@@ -31,7 +32,7 @@ class AutoencoderLoss:
     kl: float = 5e-4
 
 
-class AutoencoderObjective(nn.Module):
+class AutoencoderObjective(Objective):
     """L1 on pixels, on differences between neighbours and between colours, and on 8 x 8 means; plus KL.
 
     The hues are weighted since brightness alone explains most of the pixels, and is learned alone for long.

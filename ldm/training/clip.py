@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.loss import ClipLoss
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.models.text_encoder import TextConfig
 from ldm.training.autoencoder import to_unit
+from ldm.training.loop import Objective
 
 MAX_SCALE = 100.0
 
@@ -36,8 +38,8 @@ def small_clip(text: TextConfig, image_size: int = 64, patch: int = 8) -> CLIP:
     return CLIP(embed_dim=text.projection or text.width, vision_cfg=vision, text_cfg=words)
 
 
-def encode_text(model: CLIP, ids: Tensor) -> Tensor:
-    """ids (B, N) -> unit vectors (B, P). The columns that are padding in every row are not computed.
+def encode_text(model: Any, ids: Tensor) -> Tensor:
+    """ids (B, N) through an open_clip model -> unit vectors (B, P). What is padding in every row is not computed.
 
     Attention is causal and the end token is read, so what follows it cannot matter.
     """
@@ -49,7 +51,7 @@ def encode_text(model: CLIP, ids: Tensor) -> Tensor:
     return F.normalize(end @ model.text_projection, dim=-1)
 
 
-class CLIPObjective(nn.Module):
+class CLIPObjective(Objective):
     """Softmax contrast over the batch (InfoNCE), one caption of each picture drawn anew at every step."""
 
     def __init__(
@@ -67,7 +69,8 @@ class CLIPObjective(nn.Module):
         """
         super().__init__()
         self.model = model
-        self.size = model.visual.image_size[0]
+        tower: Any = model.visual
+        self.size: int = tower.image_size[0]
         self.pictures, self.ids, self.flips, self.kept, self.held_out = pictures, ids, flips, kept, held_out
         self.contrast = ClipLoss()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.loss import min_snr_weight
@@ -19,6 +19,7 @@ from ldm.diffusion.prediction import PredictionType, training_target
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.state import noised
 from ldm.models.unet import UNet
+from ldm.training.loop import Objective
 from ldm.types import Conditioning
 
 Preview = Callable[[UNet, Path], None]
@@ -42,7 +43,7 @@ class LatentPictures:
         return len(self.latents)
 
 
-class DiffusionObjective(nn.Module):
+class DiffusionObjective(Objective):
     """Weighted squared error of the network's own prediction, through the same Denoiser that samplers use."""
 
     def __init__(
@@ -61,7 +62,8 @@ class DiffusionObjective(nn.Module):
         """share: how likely each picture is drawn; drop: how likely its caption is left out; held_out: never drawn."""
         super().__init__()
         self.unet = unet.to(memory_format=torch.channels_last)
-        self.schedule, self.prediction, self.data = schedule, prediction, data
+        self.schedule, self.data = schedule, data
+        self.prediction: PredictionType = prediction
         self.denoiser = Denoiser(unet, schedule, prediction)
         share = np.ones(len(data)) if share is None else share.copy()
         share[list(held_out)] = 0.0

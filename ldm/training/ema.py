@@ -20,8 +20,9 @@ class EMA:
     def update(self, module: nn.Module, step: int) -> None:
         """Take in the weights as they are after step number `step` (0-based)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        current = [p for p in module.parameters() if p.requires_grad]
-        torch._foreach_lerp_(list(self.weights.values()), current, 1.0 - decay)
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                self.weights[name].lerp_(parameter, 1.0 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by parameter name."""

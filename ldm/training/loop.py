@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.errors import LdmError
 from ldm.training.ema import EMA
@@ -29,25 +29,19 @@ log = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
 
 
-class Objective(Protocol):
-    """What is trained, as an `nn.Module` that holds the trained networks.
+class Objective(nn.Module):
+    """What is trained: a module that holds the trained networks and knows its data.
 
-    `batch` makes one batch on the CPU, all its randomness drawn from the generator; calling the module with it
-    returns scalars by name, of which "loss" is minimised. `evaluate` is called now and then with the averaged
-    weights in place; it may write pictures into the folder, and returns figures.
+    Called with a batch it returns scalars by name, of which "loss" is minimised.
     """
 
     def batch(self, count: int, generator: torch.Generator) -> Batch:
-        """One batch on the CPU."""
-        ...
-
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """The batch's scalars, "loss" among them."""
-        ...
+        """One batch on the CPU, all its randomness drawn from the generator."""
+        raise NotImplementedError
 
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:
-        """Figures to log."""
-        ...
+        """Figures to log, with the averaged weights in place; pictures may be written into the folder."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -100,7 +94,7 @@ def step_generator(seed: int, step: int, micro: int = 0, rank: int = 0) -> torch
     return torch.Generator().manual_seed((((seed * 1_000_003 + step) * 1009 + micro) * 10_007 + rank) % 2**63)
 
 
-def train(objective: torch.nn.Module, config: LoopConfig, output: Path) -> EMA:
+def train(objective: Objective, config: LoopConfig, output: Path) -> EMA:
     """Run or resume training in the folder `output`; returns the averaged weights.
 
     The first SIGINT or SIGTERM lets the step end and saves; then KeyboardInterrupt or SystemExit(143) is raised. A
@@ -167,7 +161,7 @@ def train(objective: torch.nn.Module, config: LoopConfig, output: Path) -> EMA:
 
 
 def _resume(
-    output: Path, facts: dict[str, object], objective: torch.nn.Module, ema: EMA, optimizer: torch.optim.Optimizer
+    output: Path, facts: dict[str, object], objective: Objective, ema: EMA, optimizer: torch.optim.Optimizer
 ) -> int:
     """Put back the newest save, if there is one; returns the number of steps already done."""
     state = load_state(output)
@@ -187,8 +181,8 @@ def _resume(
 
 
 def _step(
-    objective: torch.nn.Module,
-    model: torch.nn.Module,
+    objective: Objective,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
     config: LoopConfig,
@@ -196,7 +190,7 @@ def _step(
 ) -> dict[str, float]:
     """One optimizer step over `accumulate` micro-batches; the weights stay as they are if it is not finite."""
     totals: dict[str, float] = {}
-    norm = torch.tensor(0.0)
+    norm: Any = 0.0
     for micro in range(config.accumulate):
         generator = step_generator(config.seed, step, micro, accelerator.process_index)
         batch = {k: v.to(accelerator.device) for k, v in objective.batch(config.batch, generator).items()}
@@ -214,7 +208,7 @@ def _step(
     return totals | {"gradient": float(norm)}
 
 
-def _evaluate(objective: torch.nn.Module, ema: EMA, output: Path, step: int) -> None:
+def _evaluate(objective: Objective, ema: EMA, output: Path, step: int) -> None:
     """Let the objective look at itself with the averaged weights."""
     ema.swap(objective)
     objective.eval()
@@ -238,7 +232,7 @@ def _stop_signal() -> Iterator[Callable[[], int]]:
         received = number
         signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: received
     finally:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -143,7 +144,7 @@ def _preview(model: LatentDiffusion, prompts: Sequence[str], path: Path) -> None
         model,
         device=device,
         autoencoder=model.autoencoder.to(device),
-        text=tuple(tower.to(device) for tower in model.text),
+        text=tuple(cast(OpenCLIPText, tower).to(device) for tower in model.text),
     )
     pictures = [model.generate(prompt, seed=0, steps=15)[0] for prompt in prompts]
     images = [torch.from_numpy(np.array(p.image)).permute(2, 0, 1) / 127.5 - 1 for p in pictures]

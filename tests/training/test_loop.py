@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm.errors import LdmError
 from ldm.training.ema import EMA
-from ldm.training.loop import LoopConfig, learning_rate, train
+from ldm.training.loop import LoopConfig, Objective, learning_rate, train
 from ldm.training.state import load_state
 
 CONFIG = LoopConfig(
@@ -22,7 +22,7 @@ CONFIG = LoopConfig(
 )
 
 
-class Line(nn.Module):
+class Line(Objective):
     """Fit y = 2 x + 1; `poison` names steps whose loss is not finite."""
 
     def __init__(self, poison: tuple[int, ...] = ()) -> None:
@@ -66,7 +66,7 @@ def test_loss_falls_and_evaluation_sees_the_average(tmp_path: Path) -> None:
     average = train(line, replace(CONFIG, rate=0.1, steps=60), tmp_path)
     assert sum(line.losses[-5:]) < 0.2 * sum(line.losses[:5])
     assert line.evaluated[-1] == (60, pytest.approx(float(average.weights["layer.weight"])))
-    assert line.evaluated[-1][1] != float(line.layer.weight)
+    assert line.evaluated[-1][1] != line.layer.weight.item()
 
 
 def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_learning_rates_against_hand_worked_values() -> None:
 def test_average_is_the_recursion_and_swaps_back() -> None:
     layer = nn.Linear(1, 1, bias=False)
     average = EMA(layer, decay=0.5)
-    expected = float(layer.weight)
+    expected = layer.weight.item()
     for step in range(20):
         with torch.no_grad():
             layer.weight.fill_(float(step))
