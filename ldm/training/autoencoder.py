@@ -39,17 +39,27 @@ class AutoencoderObjective(Objective):
     """
 
     def __init__(
-        self, autoencoder: AutoencoderKL, pictures: np.ndarray, held_out: np.ndarray, crop: int, loss: AutoencoderLoss
+        self,
+        autoencoder: AutoencoderKL,
+        pictures: np.ndarray,
+        kept: np.ndarray,
+        held_out: np.ndarray,
+        crop: int,
+        loss: AutoencoderLoss,
     ) -> None:
-        """pictures, held_out: uint8 (N, size, size, 3), may be memory maps; crop: side of the training crops."""
+        """pictures: uint8 (N, size, size, 3), may be a memory map; crop: side of the training crops.
+
+        kept, held_out: numbers of the pictures that are trained on, and of those that are not.
+        """
         super().__init__()
         self.autoencoder = autoencoder.to(memory_format=torch.channels_last)
-        self.pictures, self.held_out, self.crop, self.weights = pictures, held_out, crop, loss
+        self.pictures, self.kept, self.held_out = pictures, kept, held_out
+        self.crop, self.weights = crop, loss
 
     def batch(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Random crops (B, 3, crop, crop) in [-1, 1], the latent's noise, and which transform to ask for."""
         size, crop = self.pictures.shape[1], self.crop
-        index = torch.randint(len(self.pictures), (count,), generator=generator).tolist()
+        index = self.kept[torch.randint(len(self.kept), (count,), generator=generator).numpy()].tolist()
         corner = torch.randint(size - crop + 1, (count, 2), generator=generator).tolist()
         crops = [self.pictures[i, y : y + crop, x : x + crop] for i, (y, x) in zip(index, corner, strict=True)]
         images = to_unit(np.stack(crops))
@@ -80,7 +90,7 @@ class AutoencoderObjective(Objective):
 
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:
         """PSNR in dB over held-out pictures, and a sheet of them above their reconstructions."""
-        images = to_unit(self.held_out[:64])
+        images = to_unit(self.pictures[self.held_out[:64]])
         device = next(self.autoencoder.parameters()).device
         means = [self.autoencoder.posterior(part.to(device)).mode() for part in images.split(16)]
         decoded = torch.cat([self.autoencoder.reconstruct(mean).cpu() for mean in means])

@@ -62,11 +62,12 @@ class Workspace:
 def train_autoencoder(work: Workspace, loop: LoopConfig | None) -> None:
     """Learn on crops, a quarter of a picture each; keep the averaged weights, their latents centred."""
     assert loop is not None
-    pictures, _ = open_packed(work.pictures, work.config.size)
+    pictures, records = open_packed(work.pictures, work.config.size)
+    kept, held_out = _split(records)
     torch.manual_seed(loop.seed)
     autoencoder = AutoencoderKL(work.config.autoencoder)
-    held_out = pictures[::HELD_OUT_EVERY]
-    objective = AutoencoderObjective(autoencoder, pictures, held_out, work.config.size // 2, AutoencoderLoss())
+    crop = work.config.size // 2
+    objective = AutoencoderObjective(autoencoder, pictures, kept, held_out, crop, AutoencoderLoss())
     train(objective, loop, work.stage("autoencoder")).swap(objective)
     centre_latents(autoencoder.eval().cpu(), pictures[::29])
     _save(autoencoder, work.stage("autoencoder") / "autoencoder.safetensors")
@@ -79,8 +80,7 @@ def train_clip(work: Workspace, loop: LoopConfig | None) -> None:
     use = work.config.text[0]
     ids = [np.array([tokenize(text, use.tower.tokens, use.padding) for text in r["texts"]]) for r in records]
     flips = np.array([may_flip(record) for record in records])
-    held_out = np.arange(0, len(records), HELD_OUT_EVERY)
-    kept = np.setdiff1d(np.arange(len(records)), held_out)
+    kept, held_out = _split(records)
     torch.manual_seed(loop.seed)
     model = small_clip(use.tower)
     objective = CLIPObjective(model, pictures, ids, flips, kept, held_out)
@@ -104,7 +104,7 @@ def train_unet(work: Workspace, loop: LoopConfig | None) -> None:
     assert loop is not None
     _, records = open_packed(work.pictures, work.config.size)
     data = open_latents(work.stage("latents"))
-    held_out = range(0, len(records), HELD_OUT_EVERY)
+    _, held_out = _split(records)
     previews = [records[i]["texts"][0] for i in held_out[:: max(1, len(held_out) // PREVIEWS)]][:PREVIEWS]
     if len(data) != len(records):
         raise LdmError(f"{work.stage('latents')}: {len(data)} latents for {len(records)} pictures; encode them again")
@@ -114,7 +114,7 @@ def train_unet(work: Workspace, loop: LoopConfig | None) -> None:
         model.schedule,
         model.config.prediction,
         data,
-        held_out,
+        held_out.tolist(),
         share=_shares(records),
         preview=lambda unet, path: _preview(replace(model, unet=unet), previews, path),
     )
@@ -129,6 +129,13 @@ def assemble(work: Workspace, loop: None) -> None:
     clip = load_file(_needed(work.stage("clip") / "clip.safetensors"))
     extra = {f"cond_stage_model.model.{k}": v for k, v in clip.items() if k.startswith("visual.") or k == "logit_scale"}
     save_checkpoint(model, work.runs / CHECKPOINT, dtype=torch.float16, extra=extra)
+
+
+def _split(records: list[Record]) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the pictures that are trained on, and of those that never are."""
+    numbers = np.arange(len(records))
+    held_out = numbers % HELD_OUT_EVERY == 0
+    return numbers[~held_out], numbers[held_out]
 
 
 def _shares(records: list[Record]) -> np.ndarray:

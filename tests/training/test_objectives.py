@@ -34,7 +34,9 @@ def autoencoder() -> AutoencoderKL:
 
 class TestAutoencoder:
     def test_loss_is_the_sum_that_the_docstring_promises(self, autoencoder: AutoencoderKL) -> None:
-        objective = AutoencoderObjective(autoencoder, pictures(4), pictures(4), 32, AutoencoderLoss(0.7, 0.6, 0.5, 0.1))
+        objective = AutoencoderObjective(
+            autoencoder, pictures(4), np.arange(3), np.arange(3, 4), 32, AutoencoderLoss(0.7, 0.6, 0.5, 0.1)
+        )
         images, noise = to_unit(pictures(2)), torch.randn(2, 4, 4, 4)
         got = objective.losses(images, noise, "none")
         with torch.no_grad():
@@ -54,7 +56,9 @@ class TestAutoencoder:
     def test_the_latent_is_transformed_and_the_picture_with_it(
         self, autoencoder: AutoencoderKL, transform: str, side: int
     ) -> None:
-        objective = AutoencoderObjective(autoencoder, pictures(4), pictures(4), 32, AutoencoderLoss(0, 0, 0, 0))
+        objective = AutoencoderObjective(
+            autoencoder, pictures(4), np.arange(3), np.arange(3, 4), 32, AutoencoderLoss(0, 0, 0, 0)
+        )
         images = to_unit(pictures(1))
         with torch.no_grad():
             z = autoencoder.posterior(images).mean
@@ -65,6 +69,12 @@ class TestAutoencoder:
             zero = torch.full_like(z, 0.0)
             got = objective.losses(images, zero, transform)["loss"]  # type: ignore[arg-type]
         assert float(got) == pytest.approx(float(want), rel=1e-5)
+
+    def test_held_out_pictures_are_not_drawn(self, autoencoder: AutoencoderKL) -> None:
+        numbered = np.arange(8, dtype=np.uint8)[:, None, None, None] * np.ones((1, 32, 32, 3), np.uint8)
+        objective = AutoencoderObjective(autoencoder, numbered, np.arange(1, 8), np.array([0]), 16, AutoencoderLoss())
+        images = objective.batch(200, torch.Generator().manual_seed(0))["images"]
+        assert set(((images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()) == set(range(1, 8))
 
     def test_centring_changes_latents_and_not_pictures(self, autoencoder: AutoencoderKL) -> None:
         images = to_unit(pictures(8))
