@@ -95,10 +95,6 @@ class NoiseSchedule:
         cumulative = self.alphas_cumprod[timestep.cpu()]
         return cumulative / (1 - cumulative)
 
-    def sample_timesteps(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """(count,) int64 on the CPU, uniform over all timesteps: what a training batch is noised with."""
-        return torch.randint(len(self), (count,), generator=generator)
-
 
 def from_betas(betas: Tensor) -> NoiseSchedule:
     """The schedule of a process that keeps 1 - beta_t of the variance at step t; (T,) float64."""

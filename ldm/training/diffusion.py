@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.loss import min_snr_weight
+from ldm.diffusion.loss import min_snr_weight, timestep_density
 from ldm.diffusion.prediction import PredictionType, training_target
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.state import noised
@@ -68,15 +68,20 @@ class DiffusionObjective(Objective):
         share = np.ones(len(data)) if share is None else share.copy()
         share[list(held_out)] = 0.0
         self.cumulative = torch.from_numpy(np.cumsum(share / share.sum()))
+        self.density = timestep_density(schedule, prediction, gamma)
         self.held_out, self.drop, self.gamma, self.preview = list(held_out), drop, gamma, preview
 
     def batch(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """latents and noise (B, C, h, w), timestep (B,), text states (B, N, D)."""
+        """latents and noise (B, C, h, w), timestep and its density (B,), text states (B, N, D)."""
         chosen = torch.searchsorted(self.cumulative, torch.rand(count, generator=generator).double())
-        return self._rows(chosen.clamp(max=len(self.data) - 1).tolist(), generator, self.drop)
+        chosen = chosen.clamp(max=len(self.data) - 1).tolist()
+        return self._rows(chosen, self.density, generator, self.drop)
 
-    def _rows(self, chosen: Sequence[int], generator: torch.Generator, drop: float) -> dict[str, Tensor]:
+    def _rows(
+        self, chosen: Sequence[int], density: Tensor, generator: torch.Generator, drop: float
+    ) -> dict[str, Tensor]:
         data = self.data
+        timestep = torch.multinomial(density, len(chosen), replacement=True, generator=generator)
         draw = torch.rand(len(chosen), 3, generator=generator).tolist()
         latents, states = [], []
         for i, (mirror, caption, leave_out) in zip(chosen, draw, strict=True):
@@ -88,7 +93,8 @@ class DiffusionObjective(Objective):
         return {
             "latents": x0,
             "noise": torch.randn(x0.shape, generator=generator),
-            "timestep": self.schedule.sample_timesteps(len(chosen), generator),
+            "timestep": timestep,
+            "density": density[timestep].float(),
             "states": torch.from_numpy(np.stack(states)).float(),
         }
 
@@ -107,13 +113,17 @@ class DiffusionObjective(Objective):
         output, _ = self.denoiser.output(noised(x0, noise, sigma), sigma, Conditioning(cross=batch["states"]))
         target = training_target(self.prediction, x0, noise, sigma)
         error = (output.float() - target).square().flatten(1).mean(dim=1)
-        return error * min_snr_weight(sigma, self.prediction, self.gamma).to(error)
+        weight = min_snr_weight(sigma, self.prediction, self.gamma).to(error)
+        return error * weight / batch["density"]
 
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:
         """The loss on held-out pictures with noise that is the same every time, and whatever `preview` draws."""
         generator = torch.Generator().manual_seed(1)
         device = next(self.unet.parameters()).device
-        batches = [self._rows(self.held_out[a : a + 64], generator, drop=0.0) for a in range(0, len(self.held_out), 64)]
+        even = torch.ones(len(self.schedule), dtype=torch.float64)
+        batches = [
+            self._rows(self.held_out[a : a + 64], even, generator, drop=0.0) for a in range(0, len(self.held_out), 64)
+        ]
         losses = [self.loss({name: t.to(device) for name, t in batch.items()}) for batch in batches]
         if self.preview is not None:
             self.preview(self.unet, folder / f"samples-{step:06d}.png")

@@ -158,7 +158,20 @@ class TestDiffusion:
         velocity = np.sqrt(alpha2) * batch["noise"].double().numpy() - np.sqrt(1 - alpha2) * batch["latents"].numpy()
         snr = (alpha2 / (1 - alpha2))[:, 0, 0, 0]
         want = ((velocity - 0.25) ** 2).mean(axis=(1, 2, 3)) * np.minimum(snr, 5.0) / (snr + 1)
-        assert got == pytest.approx(want, rel=1e-4)
+        assert got * batch["density"].numpy() == pytest.approx(want, rel=1e-4)
+
+    def test_noise_levels_that_count_are_drawn_more_often(self, objective: DiffusionObjective) -> None:
+        batch = objective.batch(40_000, torch.Generator().manual_seed(0))
+        betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+        snr = np.cumprod(1 - betas) / (1 - np.cumprod(1 - betas))
+        weight = np.minimum(snr, 5.0) / (snr + 1)
+        want = (0.5 + 0.5 * weight / weight.mean()).reshape(10, 100).mean(axis=1) / 10
+        found, _ = np.histogram(batch["timestep"].numpy(), bins=10, range=(0, 1000))
+        assert found / 40_000 == pytest.approx(want, abs=0.006)
+        drawn_weight = weight[batch["timestep"].numpy()] / batch["density"].numpy()
+        assert drawn_weight.mean() == pytest.approx(weight.mean(), rel=0.01), "the loss keeps its mean"
+        even = weight[np.random.default_rng(0).integers(0, 1000, 40_000)]
+        assert drawn_weight.std() < 0.6 * even.std(), "and varies less"
 
     def test_a_network_that_knows_the_answer_has_no_loss(self, objective: DiffusionObjective) -> None:
         batch = objective.batch(4, torch.Generator().manual_seed(1))
