@@ -209,13 +209,16 @@ def _step(
 
 
 def _evaluate(objective: Objective, ema: EMA, output: Path, step: int) -> None:
-    """Let the objective look at itself with the averaged weights."""
+    """Let the objective look at itself with the averaged weights. A failure is logged: the run outlives it."""
     ema.swap(objective)
     objective.eval()
     try:
         # Compiling the network anew for the few shapes of an evaluation would cost minutes.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             figures = objective.evaluate(output, step)
+    except Exception:
+        log.warning("step %d: its evaluation failed, training goes on", step, exc_info=True)
+        return
     finally:
         objective.train()
         ema.swap(objective)

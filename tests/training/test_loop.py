@@ -43,8 +43,8 @@ class Line(Objective):
         return {"loss": loss}
 
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:
-        self.evaluated.append((step, float(self.layer.weight)))
-        return {"weight": float(self.layer.weight)}
+        self.evaluated.append((step, self.layer.weight.item()))
+        return {"weight": self.layer.weight.item()}
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -67,6 +67,20 @@ def test_loss_falls_and_evaluation_sees_the_average(tmp_path: Path) -> None:
     assert sum(line.losses[-5:]) < 0.2 * sum(line.losses[:5])
     assert line.evaluated[-1] == (60, pytest.approx(float(average.weights["layer.weight"])))
     assert line.evaluated[-1][1] != line.layer.weight.item()
+
+
+def test_a_failed_evaluation_is_told_and_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Line):
+        def evaluate(self, folder: Path, step: int) -> dict[str, float]:
+            raise RuntimeError("no picture today")
+
+    broken, whole = Broken(), Line()
+    average, expected = train(broken, CONFIG, tmp_path / "broken"), train(whole, CONFIG, tmp_path / "whole")
+    assert broken.losses == whole.losses
+    assert torch.equal(broken.layer.weight, whole.layer.weight)
+    assert all(torch.equal(average.weights[n], expected.weights[n]) for n in expected.weights)
+    assert "step 10: its evaluation failed" in caplog.text
+    assert "no picture today" in caplog.text
 
 
 def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
@@ -182,6 +196,6 @@ def test_average_is_the_recursion_and_swaps_back() -> None:
         expected = decay * expected + (1 - decay) * step
     assert float(average.weights["weight"]) == pytest.approx(expected, rel=1e-5)
     average.swap(layer)
-    assert float(layer.weight) == pytest.approx(expected, rel=1e-5)
+    assert layer.weight.item() == pytest.approx(expected, rel=1e-5)
     average.swap(layer)
-    assert float(layer.weight) == 19.0
+    assert layer.weight.item() == 19.0
