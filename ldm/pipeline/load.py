@@ -7,7 +7,7 @@ is initialised to be overwritten, and memory holds one copy.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
@@ -24,12 +24,16 @@ from ldm.pipeline.files import reason
 from ldm.pipeline.latent_diffusion import LatentDiffusion, Origin
 from ldm.types import Conditioning
 from ldm.weights.detect import Detection, detect
-from ldm.weights.io import Header, printable, read_header, read_tensors
-from ldm.weights.layout import FIRST_STAGE, UNET, Comparison, Networks, build, compare
+from ldm.weights.find import locate, model_roots
+from ldm.weights.io import printable
+from ldm.weights.layout import FIRST_STAGE, TEXT, UNET, Comparison, Networks, build, compare
 from ldm.weights.save import save_networks
+from ldm.weights.source import Source, open_source, with_part
 
 if TYPE_CHECKING:
     from ldm.models.text_encoder import CLIPText, OpenCLIPText
+
+PartKind = Literal["unet", "vae", "text encoder"]
 
 MODEL_VARIABLE = "LDM_MODEL"
 """The environment variable with the path of the model to load where none is named."""
@@ -38,54 +42,83 @@ SHIPPED = Path(__file__).parents[2] / "checkpoints" / "ldm-small.safetensors"
 """The model that comes with the repository, beside the package."""
 
 
+PREFIXES: Mapping[PartKind, str] = {"unet": UNET, "vae": FIRST_STAGE, "text encoder": TEXT}
+"""The parts that may come from files of their own, and where a checkpoint has them."""
+
+
 def load(
     path: str | Path | None = None,
     *,
+    vae: str | Path | None = None,
+    unet: str | Path | None = None,
+    text_encoder: str | Path | Sequence[str | Path] = (),
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     prediction: PredictionType | Literal["probe"] | None = None,
+    allow_pickle: bool = False,
+    models: Sequence[str | Path] | None = None,
 ) -> LatentDiffusion:
-    """A model from one .safetensors file: ours, SD 1.x, SD 2.x or SDXL, told apart by what is in it.
+    """A model of ours, SD 1.x, SD 2.x or SDXL, told apart by what is in it.
 
-    path:       None: the file that `LDM_MODEL` names, else the model that ships with this package
-    device:     "auto" (a CUDA GPU, else the CPU), "cpu", "cuda", "cuda:1", "mps"
-    dtype:      "auto", "float32", "bfloat16" or "float16"; see `choose_precision`
-    prediction: overrides what the file says of itself; "probe" runs an SD 2.x U-Net once to find out
+    path:         a file in any layout that `open_source` reads, a diffusers folder, or a name to look for in `models`;
+                  None: the file that `LDM_MODEL` names, else the model that ships with this package
+    vae, unet, text_encoder: files to take these parts from instead (SDXL may be given two text encoders)
+    device:       "auto" (a CUDA GPU, else the CPU), "cpu", "cuda", "cuda:1", "mps"
+    dtype:        "auto", "float32", "bfloat16" or "float16"; see `choose_precision`
+    prediction:   overrides what the file says of itself; "probe" runs an SD 2.x U-Net once to find out
+    allow_pickle: whether .ckpt, .pt and .bin are read, by a reader that runs nothing that is in them
+    models:       folders with model files, laid out as by other programs; None: those that `LDM_MODELS` lists
 
-    Weights that need no cast stay mapped: they are read when they are first used, so leave the file as it is meanwhile
+    Weights that need no cast stay mapped: nothing is copied, so leave the file as it is while the model is in use
     (replacing it by renaming is safe). Raises LdmError, in one line, for everything wrong with the file or the choices.
     """
     place = choose_device(device)
     check_dtype(dtype, place)
-    header = read_header(shipped_model() if path is None else path)
-    detection = detect(header, None if prediction == "probe" else prediction)
+    path, roots = shipped_model() if path is None else path, model_roots(models)
+    source, rules = open_source(locate("checkpoint", path, roots), allow_pickle=allow_pickle), []
+    for kind, given in _parts(unet, vae, text_encoder):
+        part = open_source(locate(kind, given, roots), allow_pickle=allow_pickle)
+        source = with_part(source, PREFIXES[kind], part)
+        rules.append(f"{kind}: from {printable(str(part.path))}")
+    detection = detect(source, None if prediction == "probe" else prediction)
     config = detection.config
     if config.schedule not in NOISE_SCHEDULES:
         raise _error(
-            header, f"its noise schedule {config.schedule!r} is not known; expected {', '.join(NOISE_SCHEDULES)}"
+            source, f"its noise schedule {config.schedule!r} is not known; expected {', '.join(NOISE_SCHEDULES)}"
         )
-    networks = _build(header, config)
-    comparison = compare(header.tensors, networks)
+    networks = _build(source, config)
+    comparison = compare(source.tensors, networks)
     if not comparison.fits:
-        raise _error(header, _misfit(comparison, config.family))
+        raise _error(source, _misfit(comparison, config.family))
     precision = choose_precision(dtype, place, config.family)
-    _fill(networks, header, place, precision)
+    _fill(networks, source, place, precision)
     if prediction == "probe":
-        config = replace(config, prediction=_probe(networks.unet, header))
+        config = replace(config, prediction=_probe(networks.unet, source))
         detection = replace(detection, config=config, prediction_rule="one step of its U-Net")
     return LatentDiffusion(
         config=config,
         unet=networks.unet,
         autoencoder=networks.autoencoder,
         text=networks.text,
+        image=networks.image,
+        augmentor=networks.augmentor,
         device=place,
         dtype=precision.unet,
         origin=Origin(
-            path=header.path,
-            rules=(*describe(detection), f"device: {place} ({precision})"),
+            path=source.path,
+            rules=(*describe(detection), *rules, f"device: {place} ({precision})"),
             warnings=warnings_of(detection, comparison),
         ),
     )
+
+
+def _parts(
+    unet: str | Path | None, vae: str | Path | None, text: str | Path | Sequence[str | Path]
+) -> list[tuple[PartKind, str | Path]]:
+    """The parts that are given, and of what kind each is."""
+    parts: list[tuple[PartKind, str | Path | None]] = [("unet", unet), ("vae", vae)]
+    parts.extend(("text encoder", tower) for tower in ([text] if isinstance(text, str | Path) else text))
+    return [(kind, path) for kind, path in parts if path is not None]
 
 
 def shipped_model() -> Path:
@@ -117,7 +150,7 @@ def save_checkpoint(
 ) -> None:
     """Write a model as one .safetensors file that `load` and other programs read; see `save_networks`."""
     towers = cast("tuple[OpenCLIPText | CLIPText, ...]", model.text)
-    networks = Networks(model.config, model.unet, model.autoencoder, towers)
+    networks = Networks(model.config, model.unet, model.autoencoder, towers, model.image, model.augmentor)
     save_networks(path, networks, title=title, dtype=dtype, metadata=metadata, extra=extra)
 
 
@@ -133,8 +166,9 @@ def random_system(config: SystemConfig, seed: int = 0, *, dtype: torch.dtype = t
         network.load_state_dict(state, strict=True, assign=True)
         network.eval().requires_grad_(False)
     return LatentDiffusion(
-        config, networks.unet, networks.autoencoder, networks.text, torch.device("cpu"), dtype, Origin()
-    )
+        config, networks.unet, networks.autoencoder, networks.text, torch.device("cpu"), dtype,
+        image=networks.image, augmentor=networks.augmentor,
+    )  # fmt: skip
 
 
 def describe(detection: Detection) -> tuple[str, ...]:
@@ -155,21 +189,20 @@ def warnings_of(detection: Detection, comparison: Comparison) -> tuple[str, ...]
     return (*detection.warnings, names)
 
 
-def _build(header: Header, config: SystemConfig) -> Networks:
+def _build(source: Source, config: SystemConfig) -> Networks:
     try:
         return build(config)
     except LdmError as error:
-        raise _error(header, str(error)) from None
+        raise _error(source, str(error)) from None
 
 
-def _fill(networks: Networks, header: Header, device: torch.device, precision: Precision) -> None:
+def _fill(networks: Networks, source: Source, device: torch.device, precision: Precision) -> None:
     """Give every network its tensors, which are known to fit."""
     for prefix, network in networks.by_prefix().items():
         dtype = {UNET: precision.unet, FIRST_STAGE: precision.autoencoder}.get(prefix, precision.text)
         names = [prefix + name for name in network.state_dict()]
         state = {
-            name.removeprefix(prefix): tensor.to(device=device, dtype=dtype)
-            for name, tensor in read_tensors(header, names)
+            name.removeprefix(prefix): tensor.to(device=device, dtype=dtype) for name, tensor in source.read(names)
         }
         network.load_state_dict(state, strict=True, assign=True)
         network.eval().requires_grad_(False)
@@ -193,7 +226,7 @@ def _some(names: tuple[str, ...], shown: int = 10) -> str:
 
 
 @torch.inference_mode()
-def _probe(unet: UNet, header: Header) -> PredictionType:
+def _probe(unet: UNet, source: Source) -> PredictionType:
     """Whether an SD 2.x U-Net predicts eps or v, by what it makes of a constant at the last timestep.
 
     Almost all of its input is noise there: an eps model gives it back, a v model what is far below (the test that
@@ -201,7 +234,7 @@ def _probe(unet: UNet, header: Header) -> PredictionType:
     """
     config = unet.config
     if config.in_channels != 4 or config.context_width is None or config.vector_width or config.classes:
-        raise _error(header, "its prediction type cannot be probed; only that of SD 2.x text-to-image models can")
+        raise _error(source, "its prediction type cannot be probed; only that of SD 2.x text-to-image models can")
     parameter = next(unet.parameters())
     x = torch.full((1, 4, 8, 8), 0.5, device=parameter.device, dtype=parameter.dtype)
     cross = torch.full((1, 2, config.context_width), 0.5, device=parameter.device, dtype=parameter.dtype)
@@ -217,5 +250,5 @@ def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     return 1 + 0.1 * noise if name.endswith("weight") else 0.1 * noise
 
 
-def _error(header: Header, message: str) -> LdmError:
-    return LdmError(f"{printable(str(header.path))}: {message}")
+def _error(source: Source, message: str) -> LdmError:
+    return LdmError(f"{printable(str(source.path))}: {message}")

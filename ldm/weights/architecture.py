@@ -16,6 +16,7 @@ from itertools import count
 
 from ldm.errors import LdmError
 from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.image_encoder import ImageConfig
 from ldm.models.text_encoder import TextConfig
 from ldm.models.unet import UNetConfig
 
@@ -91,17 +92,32 @@ def clip_config(shapes: Shapes) -> TextConfig:
 
 
 def open_clip_config(shapes: Shapes) -> TextConfig:
-    """The config of a text tower in OpenCLIP's names."""
+    """The config of a text tower in OpenCLIP's names. Without a projection it serves where nothing is pooled."""
     vocabulary, width = _two(shapes, "token_embedding.weight")
     return TextConfig(
         width=width,
         layers=_some(shapes, "transformer.resblocks.", ".ln_1.weight"),
         heads=width // math.gcd(64, width),
-        projection=_size(shapes, "text_projection", 2, 1),
+        projection=_size(shapes, "text_projection", 2, 1) if "text_projection" in shapes else None,
         names="open_clip",
         activation="gelu",
         vocabulary=vocabulary,
         tokens=_size(shapes, "positional_embedding", 2, 0),
+    )
+
+
+def image_config(shapes: Shapes) -> ImageConfig:
+    """The config of CLIP's image tower in OpenCLIP's names. Both published ones have 16 heads; OpenAI's is 768 wide."""
+    width, patch = _size(shapes, "conv1.weight", 4, 0), _size(shapes, "conv1.weight", 4, 3)
+    tokens, projection = _size(shapes, "positional_embedding", 2, 0), _size(shapes, "proj", 2, 1)
+    return ImageConfig(
+        width=width,
+        layers=_some(shapes, "transformer.resblocks.", ".ln_1.weight"),
+        heads=math.gcd(16, width),
+        projection=projection,
+        patch=patch,
+        size=patch * math.isqrt(tokens - 1),
+        activation="quick_gelu" if projection == 768 else "gelu",
     )
 
 

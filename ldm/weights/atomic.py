@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,6 +40,37 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def creating(path: str | Path) -> Iterator[Path]:
+    """An empty folder to fill, which becomes `path` when the block ends, whole and on disk.
+
+    It lies beside `path` until then; if anything goes wrong it is removed with all that is in it. Raises LdmError where
+    there is something at `path` already, which is never replaced, and where the folder around it cannot be written to.
+    """
+    path = Path(path)
+    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
+    try:
+        _check_free(path)
+        temporary.mkdir()
+        yield temporary
+        for folder, _, _ in os.walk(temporary):
+            _sync_folder(Path(folder))
+        _check_free(path)
+        temporary.rename(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise LdmError(
+            f"{printable(str(path))}: cannot be written: {error.strerror or error}; nothing was changed"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_free(path: Path) -> None:
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(errno.EEXIST, "it exists already, and a folder is never replaced")
 
 
 def _sync_folder(folder: Path) -> None:

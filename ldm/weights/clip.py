@@ -7,8 +7,9 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.weights.io import printable, read_header, read_tensors
+from ldm.weights.io import printable
 from ldm.weights.layout import CLIP
+from ldm.weights.source import open_source
 
 
 def read_clip(path: str | Path) -> dict[str, Tensor]:
@@ -16,8 +17,8 @@ def read_clip(path: str | Path) -> dict[str, Tensor]:
 
     Raises LdmError where the file has no image tower.
     """
-    header = read_header(path)
-    names = [name for name in header.tensors if name.startswith(CLIP)]
+    source = open_source(path)
+    names = [name for name in source.tensors if name.startswith(CLIP)]
     if not any(name.startswith(f"{CLIP}visual.") for name in names):
         raise LdmError(f"{printable(str(path))}: has no image tower ({CLIP}visual.*); use a file of this package")
-    return {name.removeprefix(CLIP): tensor for name, tensor in read_tensors(header, names)}
+    return {name.removeprefix(CLIP): tensor for name, tensor in source.read(names)}

@@ -31,7 +31,7 @@ def config_from_json(text: str) -> SystemConfig:
     """The inverse. Fields that are absent take their defaults. Raises LdmError that names the field."""
     try:
         config = _record(SystemConfig, json.loads(text), CONFIG_KEY)
-        _check(config)
+        check_config(config)
     except (ValueError, RecursionError) as error:
         raise LdmError(
             f"metadata {CONFIG_KEY} is broken: {error}; load the file with the version that wrote it"
@@ -76,7 +76,7 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     raise ValueError(f"{where} is {str(value)[:40]!r}, expected {expected}")
 
 
-def _check(config: SystemConfig) -> None:
+def check_config(config: SystemConfig) -> None:
     """What types cannot say. Widths need no bounds here: they are compared with the tensors. Raises ValueError."""
     if not 64 <= config.size <= 8192:
         raise ValueError(f"size {config.size} is not in 64..8192")
@@ -89,6 +89,12 @@ def _check(config: SystemConfig) -> None:
     if not 0 <= config.unet.dropout < 1:
         raise ValueError("unet.dropout is not in [0, 1)")
     _check_heads(config.unet)
+    if config.image is not None:
+        image = config.image.tower
+        if image.heads < 1 or image.width % image.heads:
+            raise ValueError(f"{image.heads} heads do not divide an image tower's width of {image.width}")
+        if image.patch < 1 or not image.patch <= image.size <= 8192:
+            raise ValueError("image.tower.patch or size is out of range")
     for use in config.text:
         tower = use.tower
         if tower.heads < 1 or tower.width % tower.heads:

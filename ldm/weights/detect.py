@@ -6,6 +6,7 @@ shapes, and what shapes cannot tell follows from the family.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -13,16 +14,26 @@ from typing import Any, TypeVar
 
 from ldm.errors import LdmError
 from ldm.models import presets
-from ldm.models.presets import PredictionType, SystemConfig
+from ldm.models.presets import ImageUse, PredictionType, SystemConfig, TextUse
 from ldm.models.text_encoder import TextConfig
 from ldm.models.unet import UNetConfig
-from ldm.weights.architecture import Shapes, autoencoder_config, clip_config, open_clip_config, under, unet_config
-from ldm.weights.config_json import CONFIG_KEY, config_from_json
-from ldm.weights.io import Header, printable
-from ldm.weights.layout import FIRST_STAGE, UNET, text_prefix
+from ldm.weights.architecture import (
+    Shapes,
+    autoencoder_config,
+    clip_config,
+    image_config,
+    open_clip_config,
+    under,
+    unet_config,
+)
+from ldm.weights.config_json import CONFIG_KEY, check_config, config_from_json
+from ldm.weights.io import printable
+from ldm.weights.layout import AUGMENTOR, FIRST_STAGE, IMAGE, UNET, text_prefix
 from ldm.weights.prediction import Decision, decide
+from ldm.weights.source import Source
 
 Config = TypeVar("Config")
+Number = TypeVar("Number", int, float)
 
 CHECKPOINT = "checkpoint"
 
@@ -41,12 +52,17 @@ KINDS: tuple[tuple[str, str], ...] = (
 
 NOT_READ: tuple[tuple[str, str], ...] = (
     (r"^edm_(mean|std)$|^edm_vpred\.", "it was trained in EDM form, which is not read"),
-    (r"^noise_augmentor\.|^embedder\.model\.visual\.", "it is an unCLIP model, which is not read yet"),
 )
 """Tensors of systems that would load and then yield noise."""
 
 PARTS = ((UNET, "U-Net"), (FIRST_STAGE, "autoencoder"), (("cond_stage_model.", "conditioner."), "text encoder"))
 """The parts of a checkpoint, by prefix."""
+
+ALONE = tuple(f"{what} alone" for _, what in PARTS)
+"""The kinds of files that hold one part under its prefix."""
+
+FLAGS = {"U-Net": "--unet", "autoencoder": "--vae", "text encoder": "--text-encoder"}
+"""The option that gives a part from a file of its own."""
 
 FAMILIES: tuple[tuple[str, Callable[[], SystemConfig]], ...] = (
     ("conditioner.embedders.1.model.", presets.sdxl),
@@ -85,68 +101,71 @@ def kind_of(names: Iterable[str]) -> str:
     return CHECKPOINT if len(holds) > 1 else f"{holds[0]} alone"
 
 
-def detect(header: Header, prediction: PredictionType | None = None) -> Detection:
+def detect(source: Source, prediction: PredictionType | None = None) -> Detection:
     """Find out what system a checkpoint holds; `prediction` overrides what the file says of it.
 
-    Reads the header and at most one small tensor. Raises LdmError where the file is no checkpoint, lacks a part, or is
-    of a kind that is not read.
+    Reads at most one small tensor. Raises LdmError where the file is no checkpoint, lacks a part, or is of a kind that
+    is not read.
     """
     try:
-        return _detect(header, prediction)
+        return _detect(source, prediction)
     except LdmError as error:
-        raise LdmError(f"{printable(str(header.path))}: {error}") from None
+        raise LdmError(f"{printable(str(source.path))}: {error}") from None
 
 
-def _detect(header: Header, prediction: PredictionType | None) -> Detection:
-    kind = kind_of(header.tensors)
-    if kind != CHECKPOINT:
+def _detect(source: Source, prediction: PredictionType | None) -> Detection:
+    kind = kind_of(source.tensors)
+    if kind != CHECKPOINT and kind not in ALONE:
         raise LdmError(
             f"this is not a whole checkpoint but: {kind}; expected U-Net, autoencoder and text encoder in one file"
         )
     for pattern, why in NOT_READ:
-        if any(re.search(pattern, name) for name in header.tensors):
+        if any(re.search(pattern, name) for name in source.tensors):
             raise LdmError(f"{why}; load an SD 1.x, 2.x or SDXL checkpoint")
-    for prefix, what in PARTS[:2]:
-        if not any(name.startswith(prefix) for name in header.tensors):
-            raise LdmError(f"the {what} is missing; expected U-Net, autoencoder and text encoder in one file")
-    if CONFIG_KEY in header.metadata:
-        config = _config_of_ours(header)
+    expected = PARTS if CONFIG_KEY not in source.metadata else PARTS[:2]  # a system of ours may do without text
+    missing = [what for prefix, what in expected if not any(name.startswith(prefix) for name in source.tensors)]
+    if missing:
+        flags = " ".join(f"{FLAGS[what]} FILE" for what in missing)
+        raise LdmError(f"this is {kind}: without {' and '.join(missing)}; add from other files: {flags}")
+    if CONFIG_KEY in source.metadata:
+        config = _config_of_ours(source)
         rule, found = f"its own {CONFIG_KEY}", Decision(config.prediction, f"its own {CONFIG_KEY}")
     else:
-        config, rule = _config_of_others(header.shapes)
-        found = decide(header, config)
+        config, rule = _config_of_others(source)
+        found = decide(source, config)
     chosen = found if prediction is None else Decision(prediction, f"the caller (the file says {found.prediction})")
     config = replace(config, prediction=chosen.prediction)
-    if CONFIG_KEY not in header.metadata:
-        terminal = "ztsnr" in header.tensors or header.metadata.get("ss_zero_terminal_snr") == "True"
-        config = replace(config, size=_native_size(header.metadata, config), zero_terminal_snr=terminal)
+    if CONFIG_KEY not in source.metadata:
+        config = replace(config, size=_native_size(source, config), zero_terminal_snr=_is_zero_terminal(source))
     return Detection(
         config=config,
         variant=_variant(config),
         family_rule=rule,
         prediction_rule=chosen.rule,
-        notes=_notes(header, config),
+        notes=_notes(source, config),
         warnings=_warnings(chosen, found),
     )
 
 
-def _config_of_ours(header: Header) -> SystemConfig:
+def _config_of_ours(source: Source) -> SystemConfig:
     """The config in the metadata, once everything that shapes can tell agrees with it."""
-    config = config_from_json(header.metadata[CONFIG_KEY])
-    unet = _read(unet_config, header.shapes, UNET)
+    config = config_from_json(source.metadata[CONFIG_KEY])
+    unet = _read(unet_config, source.shapes, UNET)
     told = config.unet
     unet = replace(unet, heads=told.heads, head_width=told.head_width, cross_only=told.cross_only, dropout=told.dropout)
     _agree("unet", told, unet)
     told = config.autoencoder
-    autoencoder = _read(autoencoder_config, header.shapes, FIRST_STAGE)
+    autoencoder = _read(autoencoder_config, source.shapes, FIRST_STAGE)
     scaling = {"scale_factor": told.scale_factor, "shift_factor": told.shift_factor}
     _agree("autoencoder", told, replace(autoencoder, norm_groups=told.norm_groups, **scaling))
     for index, use in enumerate(config.text):
         told = use.tower
-        tower = _tower(header.shapes, text_prefix(config, index), told)
-        if told.names == "open_clip" and told.projection is None:  # a square projection is still on disk
-            told = replace(told, projection=told.width)
+        tower = _tower(source.shapes, text_prefix(config, index), told)
         _agree(f"text[{index}].tower", told, replace(tower, heads=told.heads, activation=told.activation))
+    if config.image is not None:
+        told = config.image.tower
+        image = _read(image_config, source.shapes, IMAGE)
+        _agree("image.tower", told, replace(image, heads=told.heads, activation=told.activation))
     return config
 
 
@@ -158,8 +177,9 @@ def _agree(where: str, told: Any, read: Any) -> None:
             raise LdmError(f"metadata {CONFIG_KEY} says {where}.{field.name} is {said}, its tensors say {found}")
 
 
-def _config_of_others(shapes: Shapes) -> tuple[SystemConfig, str]:
+def _config_of_others(source: Source) -> tuple[SystemConfig, str]:
     """The config of an SD 1.x, 2.x or SDXL file, and the rule that decided its family."""
+    shapes, facts = source.shapes, source.facts
     unet = _read(unet_config, shapes, UNET)
     if unet.context_width is None:
         raise LdmError("its U-Net takes no text, which only files of this package with their own config do")
@@ -170,17 +190,62 @@ def _config_of_others(shapes: Shapes) -> tuple[SystemConfig, str]:
     else:
         raise LdmError("its text encoder is of a kind that is not known; expected CLIP-L or OpenCLIP")
     first_stage = _read(autoencoder_config, shapes, FIRST_STAGE)
-    first_stage = replace(first_stage, scale_factor=preset.autoencoder.scale_factor)
-    towers = [_tower(shapes, text_prefix(preset, index), use.tower) for index, use in enumerate(preset.text)]
-    text = tuple(replace(use, tower=tower) for use, tower in zip(preset.text, towers, strict=True))
-    config = replace(preset, unet=unet, autoencoder=first_stage, text=text)
+    first_stage = replace(first_stage, scale_factor=_number(facts, "scale_factor", preset.autoencoder.scale_factor))
+    text = tuple(
+        _use(use, _tower(shapes, text_prefix(preset, index), use.tower), facts, f"text.{index}")
+        for index, use in enumerate(preset.text)
+    )
+    config = replace(preset, unet=_with_heads(unet, facts), autoencoder=first_stage, text=text, image=_image(shapes))
     _check_widths(config)
+    try:
+        check_config(config)
+    except ValueError as error:
+        raise LdmError(f"what its config files say does not fit its tensors: {error}") from None
     return config, f"text encoder under {mark[:-1]}"
 
 
 def _tower(shapes: Shapes, prefix: str, expected: TextConfig) -> TextConfig:
     """The tower under this prefix, in the names that are expected of it."""
     return _read(open_clip_config if expected.names == "open_clip" else clip_config, shapes, prefix)
+
+
+def _use(use: TextUse, tower: TextConfig, facts: Mapping[str, str], where: str) -> TextUse:
+    """A text tower in its use, with what its config file says of it."""
+    if use.pooled and tower.projection is None:
+        raise LdmError(f"tensor text_projection is missing (of text encoder {where[-1]})")
+    tower = replace(
+        tower,
+        heads=_number(facts, f"{where}.heads", tower.heads),
+        activation="gelu" if facts.get(f"{where}.activation", tower.activation) == "gelu" else "quick_gelu",
+    )
+    return replace(use, tower=tower, skip=min(_number(facts, f"{where}.skip", use.skip), tower.layers - 1))
+
+
+def _image(shapes: Shapes) -> ImageUse | None:
+    """The image tower of an unCLIP file, whose statistics some lack."""
+    if not any(name.startswith(IMAGE) for name in shapes):
+        return None
+    return ImageUse(_read(image_config, shapes, IMAGE), statistics=f"{AUGMENTOR}data_mean" in shapes)
+
+
+def _with_heads(unet: UNetConfig, facts: Mapping[str, str]) -> UNetConfig:
+    """The U-Net with the heads that its config file names."""
+    if "heads" in facts:
+        return replace(unet, heads=_number(facts, "heads", 1), head_width=None)
+    if "head_width" in facts:
+        return replace(unet, heads=None, head_width=_number(facts, "head_width", 1))
+    return unet
+
+
+def _number(facts: Mapping[str, str], key: str, default: Number) -> Number:
+    """A fact as a number of the default's type. Raises LdmError where it is none, or not above zero but for `skip`."""
+    try:
+        value = float(facts.get(key, default))
+    except ValueError:
+        value = math.nan
+    if not (0 < value < math.inf or (value == 0 and key.endswith("skip"))) or type(default)(value) != value:
+        raise LdmError(f"its config files say {key} is {printable(facts[key])[:40]!r}, expected a number above zero")
+    return type(default)(value)
 
 
 def _read(read: Callable[[Shapes], Config], shapes: Shapes, prefix: str) -> Config:
@@ -192,7 +257,7 @@ def _read(read: Callable[[Shapes], Config], shapes: Shapes, prefix: str) -> Conf
 
 
 def _check_widths(config: SystemConfig) -> None:
-    """The U-Net must be made for these text towers."""
+    """The U-Net must be made for these towers."""
     width = sum(use.tower.width for use in config.text)
     if config.unet.context_width != width:
         raise LdmError(
@@ -200,16 +265,26 @@ def _check_widths(config: SystemConfig) -> None:
         )
     pooled = [use.tower.projection or use.tower.width for use in config.text if use.pooled]
     vector = sum(pooled) + 256 * config.sizes_in_vector
+    if config.image is not None:
+        vector += 2 * config.image.tower.projection
     found = config.unet.vector_width or 0
     if found != vector:
         raise LdmError(f"its U-Net expects {found} numbers beside the text, {config.family} gives {vector}")
 
 
-def _native_size(metadata: Mapping[str, str], config: SystemConfig) -> int:
-    """The side in pixels that ModelSpec names, else the family's."""
-    match = re.fullmatch(r"(\d{2,4})x(\d{2,4})", metadata.get("modelspec.resolution", ""))
+def _is_zero_terminal(source: Source) -> bool:
+    """Whether the last timestep is to be pure noise, by a marker tensor, kohya's metadata or diffusers' config."""
+    said = (source.metadata.get("ss_zero_terminal_snr", ""), source.facts.get("zero_terminal_snr", ""))
+    return "ztsnr" in source.tensors or "true" in map(str.lower, said)
+
+
+def _native_size(source: Source, config: SystemConfig) -> int:
+    """The side in pixels that ModelSpec or a config file names, else the family's."""
+    match = re.fullmatch(r"(\d{2,4})x(\d{2,4})", source.metadata.get("modelspec.resolution", ""))
     if match and match[1] == match[2] and 64 <= int(match[1]) <= 8192:
         return int(match[1])
+    if "size" in source.facts and 64 <= _number(source.facts, "size", 1) <= 8192:
+        return _number(source.facts, "size", 1)
     if config.family == "sd2" and config.unet.classes is None:
         return presets.sd2(config.prediction).size
     return config.size
@@ -220,17 +295,19 @@ def _variant(config: SystemConfig) -> str:
     extra = config.unet.in_channels - config.autoencoder.latent_channels
     if config.unet.classes is not None and extra == 3:
         return "x4 upscaler"
+    if config.image is not None:
+        return "unCLIP (varies a picture)"
     if config.unet.context_width is None:
         return "without text"
     names = {0: "text to image", 1: "depth to image", 4: "instruct (picture to picture)", 5: "inpainting"}
     return names.get(extra, f"{extra} extra input channels")
 
 
-def _notes(header: Header, config: SystemConfig) -> tuple[str, ...]:
+def _notes(source: Source, config: SystemConfig) -> tuple[str, ...]:
     notes = []
-    if any(name.startswith("model_ema.") for name in header.tensors):
+    if any(name.startswith("model_ema.") for name in source.tensors):
         notes.append("EMA weights present: using the ordinary ones")
-    if CONFIG_KEY not in header.metadata and not _published_heads(config.unet):
+    if CONFIG_KEY not in source.metadata and not _published_heads(config.unet):
         notes.append("the number of attention heads is a guess: no published model has these widths")
     return tuple(notes)
 

@@ -1,23 +1,27 @@
-"""Reading .safetensors files: the header is checked by ourselves, then tensors are mapped one by one.
+"""Reading .safetensors files: the header is checked, then tensors are mapped.
 
 The format is 8 bytes with the header's length, the header (JSON: name -> dtype, shape, offsets), then all numbers. The
-library that maps the tensors accepts duplicate keys and says "header too large" of a web page saved under the wrong
-name, so everything that can be wrong is found here first, and named.
+format's own library accepts duplicate keys, says "header too large" of a web page saved under the wrong name, and maps
+the file as a whole until its last tensor is gone; so everything that can be wrong is found and named here, and the
+mapping is made here too.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import mmap
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from ldm.errors import LdmError
@@ -30,30 +34,52 @@ ITEM_BYTES = {
 }  # fmt: skip
 """The dtypes that are read, and the size of one number in bytes."""
 
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bool: "BOOL",
+    torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int16: "I16",
+    torch.uint32: "U32", torch.int32: "I32", torch.uint64: "U64", torch.int64: "I64",
+}  # fmt: skip
+"""How the format names torch's dtypes."""
+
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+
+WINDOW = 64 * 1024**2
+"""How many bytes are mapped together."""
+
+MADV_POPULATE_READ = 22
+"""Linux's; Python's `mmap` has no name for it."""
+
 MAX_HEADER = 100_000_000
 MAX_TENSORS = 20_000
 MAX_METADATA = 8 * 1024**2
 MAX_RANK = 8
 MAX_NAME = 256
 
-PICKLE = "pickles can run code and are not read: convert it to .safetensors first"
+PICKLE = "pickles can run code and are read only where --allow-pickle says so; ldm convert makes a .safetensors of it"
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 AGAIN = "download or copy it again"
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One entry of a header. begin, end: byte offsets, counted from the header's end."""
+    """What is known of a tensor before it is read. dtype: in the format's words, as F16."""
 
     dtype: str
     shape: tuple[int, ...]
-    begin: int
-    end: int
 
     @property
     def count(self) -> int:
         """How many numbers the tensor holds."""
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class StoredTensor(TensorInfo):
+    """One entry of a header. begin, end: byte offsets, counted from the header's end."""
+
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +102,7 @@ class Header:
     """A checked header. data_start: where in the file the numbers begin."""
 
     path: Path
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, str]
     data_start: int
     stamp: Stamp
@@ -86,45 +112,94 @@ class Header:
         """Name -> shape."""
         return {name: tensor.shape for name, tensor in self.tensors.items()}
 
+    @property
+    def needed(self) -> int:
+        """How many bytes the file has when it is whole."""
+        return self.data_start + max((tensor.end for tensor in self.tensors.values()), default=0)
+
 
 def printable(text: str) -> str:
     """The text on one line, with everything that a terminal would obey instead of show written as an escape."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def read_header(path: str | Path) -> Header:
+def read_header(path: str | Path, *, whole: bool = True) -> Header:
     """Read and check a file's header: names, dtypes, shapes, offsets without gap or overlap, the file's size.
 
-    Nothing else of the file is read. Raises LdmError that says what the file is instead, or where it is broken.
+    Nothing else of the file is read. whole: False takes a file whose end is missing, too; its tensors may not be there.
+    Raises LdmError that says what the file is instead, or where it is broken.
     """
     path = Path(path)
-    with _open(path) as file:
+    with open_regular(path) as file:
         stamp = Stamp.of(os.fstat(file.fileno()))
         try:
             raw = _header_bytes(file, stamp.size, path.suffix.lower())
             tensors, metadata = _parse(raw)
             data_start = 8 + len(raw)
-            _check_layout(tensors, data_start, stamp.size)
+            _check_layout(tensors)
+            header = Header(path, tensors, metadata, data_start, stamp)
+            if whole or stamp.size > header.needed:
+                _check_size(stamp.size, header.needed)
         except (ValueError, RecursionError) as error:
             raise LdmError(f"{printable(str(path))}: {printable(str(error))}") from None
-    return Header(path, tensors, metadata, data_start, stamp)
+    return header
 
 
 def read_tensors(header: Header, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of these names, in the order of the file, each mapped: its bytes are read when they are first used.
+    """The tensors of these names, in the order of the file, each mapped: nothing is copied.
 
-    The mapping is private: writing to such a tensor changes neither the file nor other mappings of it. Raises LdmError
-    when the file is no longer the one whose header was read.
+    The mapping is private: writing to such a tensor changes neither the file nor other mappings of it. It is made
+    window by window, and a window is given back as soon as its last tensor is gone, so whoever casts tensors one by one
+    holds one copy. Raises LdmError when the file is no longer the one whose header was read.
     """
-    shown = printable(str(header.path))
     try:
-        with safe_open(str(header.path), framework="pt", device="cpu") as file:
+        with open_regular(header.path) as file:
             _check_unchanged(header)
-            for name in sorted(names, key=lambda name: header.tensors[name].begin):
-                yield name, file.get_tensor(name)
+            for window in _windows(header, names):
+                yield from _mapped(file, header, window)
         _check_unchanged(header)
-    except (SafetensorError, OSError) as error:
-        raise LdmError(f"{shown}: cannot be mapped: {printable(str(error))}") from error
+    except OSError as error:
+        raise LdmError(f"{printable(str(header.path))}: cannot be mapped: {printable(str(error))}") from error
+
+
+def _windows(header: Header, names: Iterable[str]) -> Iterator[list[str]]:
+    """The names in the order of the file, in groups that span at most WINDOW bytes, or that one tensor makes."""
+    window: list[str] = []
+    for name in sorted(names, key=lambda name: header.tensors[name].begin):
+        if window and header.tensors[name].end - header.tensors[window[0]].begin > WINDOW:
+            yield window
+            window = []
+        window.append(name)
+    if window:
+        yield window
+
+
+def _mapped(file: BinaryIO, header: Header, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one window. They keep it mapped, and nothing else does."""
+    infos = [header.tensors[name] for name in names]
+    begin, end = header.data_start + infos[0].begin, header.data_start + max(info.end for info in infos)
+    start = begin - begin % mmap.ALLOCATIONGRANULARITY
+    memory = mmap.mmap(file.fileno(), end - start, access=mmap.ACCESS_COPY, offset=start) if end > begin else None
+    if memory is not None:
+        _populate(memory)
+    for name, info in zip(names, infos, strict=True):
+        dtype = TORCH_DTYPES[info.dtype]
+        if memory is None or info.count == 0:
+            yield name, torch.empty(info.shape, dtype=dtype)
+        else:
+            offset = header.data_start + info.begin - start
+            yield name, torch.frombuffer(memory, dtype=dtype, count=info.count, offset=offset).view(info.shape)
+
+
+def _populate(memory: mmap.mmap) -> None:
+    """Have the pages mapped in one go, where the system can: one by one, on first use, takes several times as long."""
+    if sys.platform != "linux":
+        return
+    try:
+        memory.madvise(MADV_POPULATE_READ)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # which kernels before 5.14 say
+            raise
 
 
 def _check_unchanged(header: Header) -> None:
@@ -132,7 +207,7 @@ def _check_unchanged(header: Header) -> None:
         raise LdmError(f"{printable(str(header.path))}: was changed while it was being read; try again")
 
 
-def _open(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BinaryIO:
     """Open a regular file. A pipe is opened without waiting for its writer, and then refused like every device."""
 
     def opener(name: str, flags: int) -> int:
@@ -181,8 +256,9 @@ def _header_bytes(file: BinaryIO, size: int, suffix: str) -> bytes:
     raise ValueError("not a .safetensors file: its header is no JSON object ('{' expected at byte 8)")
 
 
+ZIP = b"PK\x03\x04"
 MAGIC = (
-    (b"PK\x03\x04", f"is a zip archive, most likely a PyTorch checkpoint (pickle); {PICKLE}"),
+    (ZIP, f"is a zip archive, most likely a PyTorch checkpoint (pickle); {PICKLE}"),
     (b"GGUF", "is a GGUF file; expected .safetensors"),
     (b"version https://git-lfs", "is a git-lfs pointer, not the file itself; run: git lfs pull"),
     (b"\x89HDF", "is an HDF5 (Keras) file; expected .safetensors"),
@@ -194,12 +270,29 @@ MAGIC = (
 """What stands at the start of files that are not .safetensors, and what to say of them."""
 
 
+def is_pickle(path: Path) -> bool:
+    """Whether a file is what `torch.save` wrote, by its first bytes or, where they say nothing, by its name."""
+    with open_regular(path) as file:
+        head = file.read(512)
+    return head[8:9] != b"{" and (head.startswith(ZIP) or _is_raw_pickle(head, path.suffix.lower()))
+
+
+def _is_raw_pickle(head: bytes, suffix: str) -> bool:
+    """Whether this is a pickle without a zip archive around it; those that torch wrote before 1.6 are."""
+    known = any(head.startswith(magic) for magic, _ in MAGIC)
+    return (
+        bool(re.match(rb"\x80[\x01-\x05][^\0]", head))
+        or head[257:262] == b"ustar"
+        or (suffix in PICKLE_SUFFIXES and not known)
+    )
+
+
 def _say_what_it_is(head: bytes, suffix: str) -> None:
     """Raise ValueError where the first bytes tell what else the file is."""
     for magic, message in MAGIC:
         if head.startswith(magic):
             raise ValueError(message)
-    if re.match(rb"\x80[\x01-\x05][^\0]", head) or head[257:262] == b"ustar" or suffix in PICKLE_SUFFIXES:
+    if _is_raw_pickle(head, suffix):
         raise ValueError(f"is a PyTorch checkpoint (pickle); {PICKLE}")
     if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml)", head, re.IGNORECASE):
         raise ValueError(f"looks like HTML, not a model: a web page was saved instead of the file; {AGAIN}")
@@ -209,7 +302,7 @@ def _say_what_it_is(head: bytes, suffix: str) -> None:
         raise ValueError(f"is plain text ({head[:40].decode('ascii')!r}), not a .safetensors model; {AGAIN}")
 
 
-def _parse(raw: bytes) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _parse(raw: bytes) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The header's JSON -> tensors and metadata. Raises ValueError."""
     _check_count(raw.count(b'"data_offsets"'))  # before parsing, which is slow where there are very many
     header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
@@ -240,10 +333,15 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"broken header: {name} is not JSON")
 
 
-def _entry(name: str, entry: Any) -> TensorInfo:
-    """One entry, checked by itself. Raises ValueError."""
+def check_name(name: str) -> None:
+    """A tensor's name must be short, printable and no path. Raises ValueError."""
     if not 0 < len(name) <= MAX_NAME or not name.isprintable() or "/" in name or "\\" in name:
         raise ValueError(f"broken header: {name[:MAX_NAME]!r} is not a tensor name")
+
+
+def _entry(name: str, entry: Any) -> StoredTensor:
+    """One entry, checked by itself. Raises ValueError."""
+    check_name(name)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"broken header: {name} must have dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -258,7 +356,7 @@ def _entry(name: str, entry: Any) -> TensorInfo:
         raise ValueError(
             f"broken header: {name}, {dtype} {tuple(shape)}, takes {needed} bytes, its offsets give {given}"
         )
-    return TensorInfo(dtype, tuple(shape), *offsets)
+    return StoredTensor(dtype, tuple(shape), *offsets)
 
 
 def _whole_numbers(value: Any) -> bool:
@@ -266,16 +364,19 @@ def _whole_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
-def _check_layout(tensors: Mapping[str, TensorInfo], data_start: int, size: int) -> None:
-    """The tensors must follow each other without gap or overlap and end where the file ends. Raises ValueError."""
+def _check_layout(tensors: Mapping[str, StoredTensor]) -> None:
+    """The tensors must follow each other without gap or overlap. Raises ValueError."""
     position, previous = 0, "the header"
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if tensor.begin != position:
             what = "overlaps" if tensor.begin < position else "leaves a gap after"
             raise ValueError(f"broken header: {name} {what} {previous} ({tensor.begin} instead of {position})")
         position, previous = tensor.end, name
-    if size < data_start + position:
-        raise ValueError(f"incomplete: have {size} of {data_start + position} bytes; {AGAIN}")
-    if size > data_start + position:
-        extra = size - data_start - position
-        raise ValueError(f"{extra} bytes follow the last tensor: {size} instead of {data_start + position}; {AGAIN}")
+
+
+def _check_size(size: int, needed: int) -> None:
+    """The file must end where its last tensor ends. Raises ValueError."""
+    if size < needed:
+        raise ValueError(f"incomplete: have {size} of {needed} bytes; {AGAIN}")
+    if size > needed:
+        raise ValueError(f"{size - needed} bytes follow the last tensor: {size} instead of {needed}; {AGAIN}")

@@ -7,9 +7,9 @@ Prefixes: the U-Net under `model.diffusion_model.`, the autoencoder under `first
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,22 @@ from torch.overrides import TorchFunctionMode
 
 from ldm.errors import LdmError
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.image_encoder import ImageTower
+from ldm.models.noise_augmentor import NoiseAugmentor
 from ldm.models.presets import SystemConfig
 from ldm.models.text_encoder import CLIPText, OpenCLIPText, text_tower
 from ldm.models.unet import UNet
 from ldm.weights.io import TensorInfo
 
+Module = TypeVar("Module", bound=nn.Module)
+
 UNET = "model.diffusion_model."
 FIRST_STAGE = "first_stage_model."
+TEXT = "cond_stage_model."
+"""Where SD 1.x, 2.x and ours keep their text tower; SDXL has `conditioner.embedders.N.` instead."""
+IMAGE = "embedder.model.visual."
+AUGMENTOR = "noise_augmentor."
+"""Where SD 2.1 unCLIP keeps its image tower, and the statistics of image embeddings."""
 CLIP = "cond_stage_model.model."
 """Where our own file keeps all of its CLIP: the text tower, `visual.*` and `logit_scale`, in open_clip's names."""
 
@@ -31,7 +40,7 @@ NOT_NEEDED: tuple[tuple[str, str], ...] = (
     ("EMA copies", r"model_ema\..+|first_stage_model\.model_ema\..+"),
     (
         "noise schedule buffers",
-        r"(low_scale_model\.)?(betas|alphas_cumprod(_prev)?|sqrt_(recip(m1)?_)?(one_minus_)?alphas_cumprod"
+        r"((low_scale_model|noise_augmentor)\.)?(betas|alphas_cumprod(_prev)?|sqrt_(recip(m1)?_)?(one_minus_)?alphas_cumprod"
         r"|log_one_minus_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar)"
         r"|denoiser\.(sigmas|log_sigmas)|scale_factor|global_step",
     ),
@@ -41,6 +50,7 @@ NOT_NEEDED: tuple[tuple[str, str], ...] = (
     ("CLIP's image tower", r"cond_stage_model\.model\.visual\..+"),
     ("CLIP's temperature and unused projection", r"(cond_stage_model|conditioner\.embedders\.\d)\.(model\.)?logit_scale"
      r"|(cond_stage_model|conditioner\.embedders\.\d)\.transformer\.text_projection\.weight"),
+    ("CLIP's text tower beside the image tower", r"embedder\.model\.(?!visual\.).+|embedder\.(mean|std)"),
     ("depth estimator", r"depth_model\..+"),
     ("first-stage training loss", r"first_stage_model\.loss\..+"),
 )  # fmt: skip
@@ -69,17 +79,22 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class Networks:
-    """All networks of a system. text: a tower for each entry of `config.text`."""
+    """All networks of a system. text: a tower for each entry of `config.text`; image, augmentor: for `config.image`."""
 
     config: SystemConfig
     unet: UNet
     autoencoder: AutoencoderKL
     text: tuple[OpenCLIPText | CLIPText, ...]
+    image: ImageTower | None = None
+    augmentor: NoiseAugmentor | None = None
 
     def by_prefix(self) -> dict[str, nn.Module]:
         """Where each network's tensors lie in a file -> the network."""
         towers = {text_prefix(self.config, index): tower for index, tower in enumerate(self.text)}
-        return {UNET: self.unet, FIRST_STAGE: self.autoencoder, **towers}
+        networks = {UNET: self.unet, FIRST_STAGE: self.autoencoder, **towers}
+        if self.image is not None and self.augmentor is not None:
+            networks |= {IMAGE: self.image, AUGMENTOR: self.augmentor}
+        return networks
 
 
 def text_prefix(config: SystemConfig, index: int) -> str:
@@ -95,14 +110,22 @@ def build(config: SystemConfig) -> Networks:
     try:
         with torch.device("meta"), _Unfilled():
             text = tuple(text_tower(use.tower) for use in config.text)
-            return Networks(config, UNet(config.unet), AutoencoderKL(config.autoencoder), text)
+            networks = Networks(config, UNet(config.unet), AutoencoderKL(config.autoencoder), text)
+            if (use := config.image) is None:
+                return networks
+            augmentor = NoiseAugmentor(use.tower.projection, use.statistics)
+            return replace(networks, image=ImageTower(use.tower), augmentor=augmentor)
     except ValueError as error:
         raise LdmError(f"its networks cannot be built: {error}") from None
 
 
 def compare(tensors: Mapping[str, TensorInfo], networks: Networks) -> Comparison:
-    """What a file lacks, has too much or in another shape. A tensor of whole numbers cannot be a weight."""
-    parts = networks.by_prefix()
+    """What a file lacks, has too much or in another shape, of a whole system."""
+    return compare_networks(tensors, networks.by_prefix())
+
+
+def compare_networks(tensors: Mapping[str, TensorInfo], parts: Mapping[str, nn.Module]) -> Comparison:
+    """The same of any networks by their prefixes. A tensor of whole numbers cannot be a weight."""
     wanted = {
         prefix + name: tuple(tensor.shape)
         for prefix, network in parts.items()
@@ -132,6 +155,12 @@ def compare(tensors: Mapping[str, TensorInfo], networks: Networks) -> Comparison
 def not_needed_as(name: str) -> str | None:
     """What a tensor is that our networks do without, or None."""
     return next((kind for kind, pattern in NOT_NEEDED if re.fullmatch(pattern, name)), None)
+
+
+def unfilled(network: Callable[[], Module]) -> Module:
+    """A network on `meta`, without weights. Random numbers on `meta` would make torch import its compiler: seconds."""
+    with torch.device("meta"), _Unfilled():
+        return network()
 
 
 class _Unfilled(TorchFunctionMode):

@@ -1,7 +1,8 @@
 """What a U-Net was trained to predict, noise (eps) or velocity (v). No tensor says so; this is the order of evidence.
 
-1. the caller; 2. our own config; 3. ModelSpec metadata; 4. marker tensors; 5. a .yaml file beside it; 6. the training
-step; 7. what is known of the family; 8. for SD 2.x, how far a norm's biases are spread.
+1. the caller; 2. our own config; 3. ModelSpec metadata; 4. marker tensors; 5. diffusers' scheduler_config.json; 6. a
+.yaml file beside it; 7. the training step; 8. what is known of the family; 9. for SD 2.x, how far a norm's biases are
+spread.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from pathlib import Path
 
 from ldm.models.presets import PredictionType, SystemConfig
 from ldm.weights.architecture import under
-from ldm.weights.io import Header, read_tensors
 from ldm.weights.layout import UNET
+from ldm.weights.source import Source
 
 WORDS: Mapping[str, PredictionType] = {
     "v": "v", "v_prediction": "v", "v-prediction": "v", "vscaling": "v",
@@ -37,15 +38,16 @@ class Decision:
     rule: str
 
 
-def decide(header: Header, config: SystemConfig) -> Decision:
-    """The prediction type of a file that is not ours, by rules 3 to 8. Reads at most one small tensor."""
+def decide(source: Source, config: SystemConfig) -> Decision:
+    """The prediction type of a file that is not ours, by rules 3 to 9. Reads at most one small tensor."""
     return (
-        _from_metadata(header.metadata)
-        or _from_markers(header)
-        or _from_sidecar(header.path)
-        or _from_training_step(header.metadata)
+        _from_metadata(source.metadata)
+        or _from_markers(source)
+        or _from_facts(source.facts)
+        or _from_sidecar(source.path)
+        or _from_training_step(source.metadata)
         or _from_family(config)
-        or _from_biases(header)
+        or _from_biases(source)
     )
 
 
@@ -58,8 +60,13 @@ def _from_metadata(metadata: Mapping[str, str]) -> Decision | None:
     return None
 
 
-def _from_markers(header: Header) -> Decision | None:
-    return Decision("v", "marker tensor v_pred") if "v_pred" in header.tensors else None
+def _from_markers(source: Source) -> Decision | None:
+    return Decision("v", "marker tensor v_pred") if "v_pred" in source.tensors else None
+
+
+def _from_facts(facts: Mapping[str, str]) -> Decision | None:
+    prediction = WORDS.get(facts.get("prediction", ""))
+    return Decision(prediction, "its scheduler_config.json") if prediction else None
 
 
 def _from_sidecar(path: Path) -> Decision | None:
@@ -85,6 +92,8 @@ def _from_training_step(metadata: Mapping[str, str]) -> Decision | None:
 def _from_family(config: SystemConfig) -> Decision | None:
     if config.family != "sd2":
         return Decision("eps", f"{config.family} files predict eps unless they say otherwise")
+    if config.image is not None:
+        return Decision("v", "SD 2.1 unCLIP predicts v")
     if config.unet.classes is not None:
         return Decision("v", "the x4 upscaler predicts v")
     if config.unet.in_channels != 4:
@@ -92,12 +101,12 @@ def _from_family(config: SystemConfig) -> Decision | None:
     return None
 
 
-def _from_biases(header: Header) -> Decision:
-    stages = [int(name.split(".")[1]) for name in under(header.shapes, UNET) if _is_norm(name)]
+def _from_biases(source: Source) -> Decision:
+    stages = [int(name.split(".")[1]) for name in under(source.shapes, UNET) if _is_norm(name)]
     if not stages:
         return Decision("eps", "no evidence: taken as eps")
     name = f"{UNET}output_blocks.{max(stages)}.1.transformer_blocks.0.norm1.bias"
-    ((_, bias),) = read_tensors(header, [name])
+    ((_, bias),) = source.read([name])
     spread = float(bias.float().std(correction=0))
     return Decision(
         "v" if spread > V_SPREAD else "eps", f"spread of the last norm's biases, {spread:.3f} (v above {V_SPREAD})"

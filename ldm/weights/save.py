@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,14 +13,8 @@ from torch import Tensor
 from ldm.models.presets import SystemConfig
 from ldm.weights.atomic import replacing
 from ldm.weights.config_json import CONFIG_KEY, config_to_json
+from ldm.weights.io import DTYPES, ITEM_BYTES, TORCH_DTYPES, TensorInfo
 from ldm.weights.layout import Networks
-
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bool: "BOOL", torch.uint8: "U8",
-    torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
-}  # fmt: skip
-"""How the format names torch's dtypes."""
 
 HASH = "modelspec.hash_sha256"
 
@@ -72,6 +66,8 @@ def _architecture(config: SystemConfig) -> str:
     extra = config.unet.in_channels - config.autoencoder.latent_channels
     if config.unet.classes is not None and config.family == "sd2":
         return "stable-diffusion-v2-x4-upscaler"
+    if config.image is not None and config.family == "sd2":
+        return f"stable-diffusion-v2-unclip-{'l' if config.image.tower.projection == 768 else 'h'}"
     match config.family, extra:
         case "ldm", _:
             return "latent-diffusion"
@@ -94,29 +90,66 @@ def _architecture(config: SystemConfig) -> str:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None = None
 ) -> None:
+    """Write tensors and metadata as .safetensors; like `write_stream`, of tensors that are at hand."""
+
+    def read(names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        yield from ((name, tensors[name]) for name in names)
+
+    infos = {name: TensorInfo(DTYPES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+    write_stream(path, infos, read, metadata, dtype)
+
+
+def write_stream(
+    path: str | Path,
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[Iterable[str]], Iterator[tuple[str, Tensor]]],
+    metadata: Mapping[str, str],
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write tensors and metadata as .safetensors, with the SHA-256 of the numbers as `modelspec.hash_sha256`.
 
-    One tensor at a time is converted and written, so no second copy is made in memory (the library would make one, and
-    cannot put the hash of the numbers before the numbers). Floating-point tensors become `dtype` where one is given.
-    Raises LdmError where the file cannot be written.
+    read: names -> (name, tensor), in any order. It is asked for few at a time, and one tensor at a time is converted
+    and written, so no second copy is made in memory (the library would make one, and cannot put the hash of the numbers
+    before the numbers). Floating-point tensors become `dtype` where one is given. Raises LdmError where the file cannot
+    be written.
     """
-    dtypes = {name: dtype if dtype and t.is_floating_point() else t.dtype for name, t in tensors.items()}
-    order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))  # widest first: all aligned
+    target = None if dtype is None else DTYPES[dtype]
+    dtypes = {name: target if target and "F" in info.dtype else info.dtype for name, info in tensors.items()}
+    order = sorted(tensors, key=lambda name: (-ITEM_BYTES[dtypes[name]], name))  # widest first: all aligned
     entries, position = {}, 0
     for name in order:
-        end = position + tensors[name].numel() * dtypes[name].itemsize
-        shape = list(tensors[name].shape)
-        entries[name] = {"dtype": DTYPES[dtypes[name]], "shape": shape, "data_offsets": [position, end]}
+        end = position + tensors[name].count * ITEM_BYTES[dtypes[name]]
+        entries[name] = {"dtype": dtypes[name], "shape": list(tensors[name].shape), "data_offsets": [position, end]}
         position = end
     digest = hashlib.sha256()
     with replacing(path) as file:
         file.write(_header(entries, {**metadata, HASH: f"0x{digest.hexdigest()}"}))  # as long as the true one
-        for name in order:
-            numbers = _numbers(tensors[name].detach().to("cpu", dtypes[name]))
-            digest.update(numbers)
-            file.write(numbers)
+        for names in _batches(order, tensors):
+            batch = dict(read(names))
+            for name in names:
+                numbers = _numbers(batch.pop(name).detach().to("cpu", TORCH_DTYPES[dtypes[name]]))
+                digest.update(numbers)
+                file.write(numbers)
         file.seek(0)
         file.write(_header(entries, {**metadata, HASH: f"0x{digest.hexdigest()}"}))
+
+
+BATCH = 32 * 1024**2
+"""Bytes that are asked for together: reading begins anew for each batch, which takes a while."""
+
+
+def _batches(order: Iterable[str], tensors: Mapping[str, TensorInfo]) -> Iterator[list[str]]:
+    """The names in this order, in groups of at most `BATCH` bytes or one tensor."""
+    batch, size = [], 0
+    for name in order:
+        more = tensors[name].count * ITEM_BYTES[tensors[name].dtype]
+        if batch and size + more > BATCH:
+            yield batch
+            batch, size = [], 0
+        batch.append(name)
+        size += more
+    if batch:
+        yield batch
 
 
 def _header(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:

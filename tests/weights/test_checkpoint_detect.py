@@ -18,8 +18,9 @@ from ldm.models.presets import SystemConfig, sd1, sd2, sd_x4_upscaler, sdxl, sdx
 from ldm.weights.clip import read_clip
 from ldm.weights.config_json import CONFIG_KEY, config_from_json, config_to_json
 from ldm.weights.detect import CHECKPOINT, Detection, detect, kind_of
-from ldm.weights.io import Header, Stamp, TensorInfo, read_header
-from ldm.weights.layout import CLIP, UNET, build, compare, not_needed_as
+from ldm.weights.io import TensorInfo
+from ldm.weights.layout import CLIP, FIRST_STAGE, TEXT, UNET, build, compare, not_needed_as
+from ldm.weights.source import Source, open_source
 
 LAYOUTS: dict[str, SystemConfig] = {
     "sd1": sd1(),
@@ -47,12 +48,15 @@ def shapes_of(config: SystemConfig) -> dict[str, tuple[int, ...]]:
     return {p + name: tuple(t.shape) for p, network in parts.items() for name, t in network.state_dict().items()}
 
 
-def header_of(
-    shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None = None, path: Path = Path("x.safetensors")
-) -> Header:
-    """A header with these tensors and no file behind it."""
-    tensors = {name: TensorInfo("F16", shape, 0, 0) for name, shape in shapes.items()}
-    return Header(path, tensors, metadata or {}, 0, Stamp(0, 0, 0, 0))
+def source_of(
+    shapes: Mapping[str, tuple[int, ...]],
+    metadata: Mapping[str, str] | None = None,
+    path: Path = Path("x.safetensors"),
+    facts: Mapping[str, str] | None = None,
+) -> Source:
+    """A source with these tensors and no file behind it."""
+    tensors = {name: TensorInfo("F16", shape) for name, shape in shapes.items()}
+    return Source(path, tensors, metadata or {}, lambda names: iter(()), facts=facts or {})
 
 
 def told(config: SystemConfig) -> dict[str, str]:
@@ -69,7 +73,7 @@ def where_it_matters(config: SystemConfig) -> SystemConfig:
 def test_full_size_layouts_are_read_off_their_shapes(layout: str) -> None:
     config = LAYOUTS[layout]
     said = {"modelspec.prediction_type": "v"} if config.prediction == "v" else {"global_step": "875000"}
-    detection = detect(header_of(shapes_of(config), said))
+    detection = detect(source_of(shapes_of(config), said))
     assert detection.config == where_it_matters(config)
     assert detection.notes == ()
 
@@ -77,7 +81,7 @@ def test_full_size_layouts_are_read_off_their_shapes(layout: str) -> None:
 @pytest.mark.parametrize("config", [*LAYOUTS.values(), *map(tiny, LAYOUTS.values()), WITHOUT_TEXT])
 def test_files_with_our_config_describe_themselves(config: SystemConfig) -> None:
     config = replace(config, zero_terminal_snr=True, schedule="cosine", prediction="x0", size=192)
-    detection = detect(header_of(shapes_of(config), told(config)))
+    detection = detect(source_of(shapes_of(config), told(config)))
     assert detection.config == config
     assert CONFIG_KEY in detection.family_rule
     assert CONFIG_KEY in detection.prediction_rule
@@ -87,19 +91,19 @@ def test_files_with_our_config_describe_themselves(config: SystemConfig) -> None
 def test_tiny_layouts_need_no_config(layout: str) -> None:
     """All but what shapes cannot tell: head counts and the native size."""
     config = tiny(LAYOUTS[layout])
-    found = detect(header_of(shapes_of(config), {"modelspec.prediction_type": config.prediction})).config
+    found = detect(source_of(shapes_of(config), {"modelspec.prediction_type": config.prediction})).config
     heads = {"heads": config.unet.heads, "head_width": config.unet.head_width, "cross_only": config.unet.cross_only}
     text = tuple(
         replace(use, tower=replace(use.tower, heads=expected.tower.heads))
         for use, expected in zip(found.text, config.text, strict=True)
     )
     assert replace(found, unet=replace(found.unet, **heads), text=text, size=config.size) == config
-    assert compare(header_of(shapes_of(config)).tensors, build(found)).fits
+    assert compare(source_of(shapes_of(config)).tensors, build(found)).fits
 
 
 @pytest.mark.parametrize(("width", "head_width"), [(32, 32), (64, 64)])
 def test_guessed_heads_are_said(width: int, head_width: int) -> None:
-    detection = detect(header_of(shapes_of(tiny(sd2(), width)), {"global_step": "875000"}))
+    detection = detect(source_of(shapes_of(tiny(sd2(), width)), {"global_step": "875000"}))
     assert detection.config.unet.head_width == head_width
     assert any("attention heads is a guess" in note for note in detection.notes) == (head_width != 64)
 
@@ -109,7 +113,7 @@ def test_guessed_heads_are_said(width: int, head_width: int) -> None:
 
 def decision(metadata: Mapping[str, str], *markers: str, config: SystemConfig | None = None, **more: Any) -> Detection:
     shapes = shapes_of(config or tiny(sd2())) | dict.fromkeys(markers, ())
-    return detect(header_of(shapes, metadata), **more)
+    return detect(source_of(shapes, metadata), **more)
 
 
 @pytest.mark.parametrize(
@@ -154,8 +158,8 @@ def test_the_caller_wins_and_is_warned() -> None:
 )
 def test_a_yaml_file_beside_it(text: str, prediction: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(text)
-    header = header_of(shapes_of(tiny(sd1())), path=tmp_path / "x.safetensors")
-    detection = detect(header)
+    source = source_of(shapes_of(tiny(sd1())), path=tmp_path / "x.safetensors")
+    detection = detect(source)
     assert detection.config.prediction == prediction
     assert detection.prediction_rule == "x.yaml beside the file"
 
@@ -166,8 +170,8 @@ def test_a_yaml_file_beside_it(text: str, prediction: str, tmp_path: Path) -> No
 )
 def test_a_yaml_file_that_says_nothing(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(text)
-    header = header_of(shapes_of(tiny(sd1())), path=tmp_path / "x.safetensors")
-    assert detect(header).prediction_rule == "sd1 files predict eps unless they say otherwise"
+    source = source_of(shapes_of(tiny(sd1())), path=tmp_path / "x.safetensors")
+    assert detect(source).prediction_rule == "sd1 files predict eps unless they say otherwise"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +200,7 @@ def test_the_spread_of_biases_decides_for_a_silent_sd2_file(
     name = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
     tensors[name] = spread * torch.tensor([1.0, -1.0]).repeat(tensors[name].numel() // 2)
     save_file(tensors, path)
-    detection = detect(read_header(path))
+    detection = detect(open_source(path))
     assert detection.config.prediction == prediction
     assert detection.config.size == size
     assert f"{spread:.3f}" in detection.prediction_rule
@@ -227,12 +231,12 @@ def test_resolution_of_modelspec() -> None:
 )
 def test_variants(config: SystemConfig, variant: str) -> None:
     config = tiny(config)
-    assert detect(header_of(shapes_of(config), told(config))).variant == variant
+    assert detect(source_of(shapes_of(config), told(config))).variant == variant
 
 
 def test_ema_is_noted() -> None:
     shapes = shapes_of(tiny(sd1())) | {"model_ema.diffusion_modelout2bias": (4,)}
-    assert "EMA weights present: using the ordinary ones" in detect(header_of(shapes)).notes
+    assert "EMA weights present: using the ordinary ones" in detect(source_of(shapes)).notes
 
 
 # Files that are no whole checkpoint, or one that is not read.
@@ -263,11 +267,10 @@ def test_ema_is_noted() -> None:
 )
 def test_other_kinds_are_named(names: list[str], kind: str) -> None:
     assert kind_of(names).startswith(kind)
-    with pytest.raises(
-        LdmError, match=r"^x\.safetensors: this is not a whole checkpoint but: .*expected U-Net"
-    ) as caught:
-        detect(header_of(dict.fromkeys(names, (1,))))
+    with pytest.raises(LdmError, match=r"^x\.safetensors: this is ") as caught:
+        detect(source_of(dict.fromkeys(names, (1,))))
     assert kind_of(names) in str(caught.value)
+    assert ("add from other files: --" in str(caught.value)) == kind.endswith("alone")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -277,7 +280,7 @@ def test_checkpoints_are_checkpoints(layout: str) -> None:
 
 def refused(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] | None = None) -> str:
     with pytest.raises(LdmError) as caught:
-        detect(header_of(shapes, metadata))
+        detect(source_of(shapes, metadata))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -289,16 +292,20 @@ def without(shapes: Mapping[str, tuple[int, ...]], start: str) -> dict[str, tupl
 
 def test_missing_parts_are_named() -> None:
     shapes = shapes_of(tiny(sd1()))
-    assert "the autoencoder is missing" in refused(without(shapes, "first_stage_model."))
-    assert "the U-Net is missing" in refused(without(shapes, UNET))
-    assert "text encoder is of a kind that is not known" in refused(without(shapes, "cond_stage_model."))
+    autoencoder, text = FIRST_STAGE, TEXT
+    assert "without autoencoder; add from other files: --vae FILE" in refused(without(shapes, autoencoder))
+    assert "without U-Net; add from other files: --unet FILE" in refused(without(shapes, UNET))
+    assert "without text encoder; add from other files: --text-encoder FILE" in refused(without(shapes, text))
+    alone = refused(without(without(shapes, autoencoder), text))
+    assert alone.endswith("add from other files: --vae FILE --text-encoder FILE")
+    assert "this is U-Net alone: without autoencoder and text encoder;" in alone
+    assert "of a kind that is not known" in refused(without(shapes, text) | {f"{text}other.weight": (1,)})
 
 
 def test_systems_that_would_yield_noise_are_refused() -> None:
     shapes = shapes_of(tiny(sdxl()))
     assert "EDM" in refused(shapes | {"edm_mean": (4,), "edm_std": (4,)})
     assert "EDM" in refused(shapes | {"edm_vpred.sigma_max": ()})
-    assert "unCLIP" in refused(shapes_of(tiny(sd2())) | {"noise_augmentor.data_mean": (4,)})
     assert "VQ" in refused(shapes_of(tiny(sd1())) | {"first_stage_model.quantize.embedding.weight": (16, 4)})
 
 
@@ -318,8 +325,8 @@ def test_no_missing_or_bent_tensor_crashes(layout: str) -> None:
         for name in list(shapes)[::170]:
             for changed in (without(shapes, name), shapes | {name: ()}, shapes | {name: (0, 0)}):
                 try:
-                    found = detect(header_of(changed, metadata)).config
-                    assert not compare(header_of(changed).tensors, build(found)).fits
+                    found = detect(source_of(changed, metadata)).config
+                    assert not compare(source_of(changed).tensors, build(found)).fits
                 except LdmError as error:
                     assert str(error).startswith("x.safetensors: ")
 
@@ -453,15 +460,15 @@ def test_nothing_that_a_network_needs_is_left_out() -> None:
 
 def test_comparison() -> None:
     config = tiny(sd1())
-    tensors = dict(header_of(shapes_of(config)).tensors)
+    tensors = dict(source_of(shapes_of(config)).tensors)
     assert compare(tensors, build(config)).fits
     gone = f"{UNET}out.2.bias"
     bent = f"{UNET}out.2.weight"
     whole = f"{UNET}out.0.weight"
     del tensors[gone]
-    tensors[bent] = TensorInfo("F16", (1, 2), 0, 0)
-    tensors[whole] = TensorInfo("I8", tensors[whole].shape, 0, 0)
-    tensors[f"{UNET}extra"] = tensors["stranger"] = tensors["betas"] = TensorInfo("F16", (1,), 0, 0)
+    tensors[bent] = TensorInfo("F16", (1, 2))
+    tensors[whole] = TensorInfo("I8", tensors[whole].shape)
+    tensors[f"{UNET}extra"] = tensors["stranger"] = tensors["betas"] = TensorInfo("F16", (1,))
     found = compare(tensors, build(config))
     assert found.missing == (gone,)
     assert found.unexpected == (f"{UNET}extra",)
