@@ -21,12 +21,14 @@ class Conditioning:
     vector:  (B, D) pooled text, size or CLIP-image embedding; or (B,) int64 class labels
     concat:  (B, C, h, w) channels put beside the latent: mask, masked image, depth, low resolution
     control: residuals (B, C_i, h_i, w_i) added to the skips and the middle, from a control network
+    controlled: (B, K) bool, which of K control networks are to act on each row; for what wraps a U-Net
     """
 
     cross: Tensor | None = None
     vector: Tensor | None = None
     concat: Tensor | None = None
     control: tuple[Tensor, ...] = ()
+    controlled: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
         """Apply `function` to every tensor held."""
@@ -67,6 +69,7 @@ class Conditioning:
             vector=join([p.vector for p in parts], "vector"),
             concat=join([p.concat for p in parts], "concat"),
             control=tuple(torch.cat(level) for level in zip(*(p.control for p in parts), strict=True)),
+            controlled=join([p.controlled for p in parts], "controlled"),
         )
 
 

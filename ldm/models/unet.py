@@ -88,100 +88,69 @@ class Stage(nn.ModuleList):
         return x
 
 
-class UNet(nn.Module):
-    """Noisy latent, timestep and conditioning to a prediction (noise, velocity or image, as it was trained)."""
+class Contracting(nn.Module):
+    """The half of a U-Net that narrows, and its middle: all that a control network has of it (`ldm.models.controlnet`).
+
+    skips: the width of every skip that it leaves.
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        self.config = config
-        base = config.model_channels
-        width = 4 * base
-        self.time_embed = nn.Sequential(nn.Linear(base, width), nn.SiLU(), nn.Linear(width, width))
-        self.label_emb = self._label_embedding(width)
-        self.input_blocks, skips = self._down(width)
-        deepest = base * config.channel_mult[-1]
+        self._base, self._takes_text = config.model_channels, config.context_width is not None
+        width = 4 * config.model_channels
+        self.time_embed = nn.Sequential(nn.Linear(self._base, width), nn.SiLU(), nn.Linear(width, width))
+        self.label_emb = _label_embedding(config, width)
+        self.input_blocks, self.skips = _down(config, width)
+        deepest = self.skips[-1]
         first, last = (ResBlock(deepest, deepest, width, config.dropout) for _ in range(2))
-        attention = self._attention(deepest, config.middle_attention, cross_only=False)
-        self.middle_block = Stage([first, *attention, last])
-        self.output_blocks = self._up(width, skips)
-        self.out = nn.Sequential(nn.GroupNorm(32, base), nn.SiLU(), nn.Conv2d(base, config.out_channels, 3, padding=1))
-
-    def _label_embedding(self, width: int) -> nn.Module | None:
-        """What turns `Conditioning.vector` into a summand of the time embedding, where the network takes one."""
-        config = self.config
-        if config.classes is not None:
-            return nn.Embedding(config.classes, width)
-        if config.vector_width is not None:
-            project = nn.Sequential(nn.Linear(config.vector_width, width), nn.SiLU(), nn.Linear(width, width))
-            return nn.Sequential(project)
-        return None
-
-    def _attention(self, channels: int, depth: int, cross_only: bool) -> list[Attention]:
-        """The attention after a residual block: none, over itself, or also over the text."""
-        config = self.config
-        if depth == 0:
-            return []
-        heads = config.heads_for(channels)
-        if config.context_width is None:
-            return [AttentionBlock(channels, heads)]
-        linear = config.linear_projections
-        return [SpatialTransformer(channels, config.context_width, heads, depth, linear=linear, cross_only=cross_only)]
-
-    def _down(self, width: int) -> tuple[nn.ModuleList, list[int]]:
-        """The contracting half, and the width of every skip it leaves."""
-        config = self.config
-        channels = config.model_channels
-        stages, skips = [Stage([nn.Conv2d(config.in_channels, channels, 3, padding=1)])], [channels]
-        for level, mult in enumerate(config.channel_mult):
-            for _ in range(config.res_blocks):
-                out = config.model_channels * mult
-                attention = self._attention(out, config.attention[level], config.cross_only[level])
-                stages.append(Stage([ResBlock(channels, out, width, config.dropout), *attention]))
-                skips.append(channels := out)
-            if level < len(config.channel_mult) - 1:
-                stages.append(Stage([Downsample(channels)]))
-                skips.append(channels)
-        return nn.ModuleList(stages), skips
-
-    def _up(self, width: int, skips: list[int]) -> nn.ModuleList:
-        """The expanding half: every stage first takes the newest skip."""
-        config = self.config
-        skips = list(skips)
-        channels, stages = skips[-1], []
-        for level, mult in reversed(list(enumerate(config.channel_mult))):
-            for block in range(config.res_blocks + 1):
-                out = config.model_channels * mult
-                stage: list[nn.Module] = [ResBlock(channels + skips.pop(), out, width, config.dropout)]
-                stage += self._attention(out, config.attention[level], config.cross_only[level])
-                if level > 0 and block == config.res_blocks:
-                    stage.append(Upsample(out))
-                stages.append(Stage(stage))
-                channels = out
-        return nn.ModuleList(stages)
+        self.middle_block = Stage([first, *_attention(config, deepest, config.middle_attention), last])
 
     def embed(self, timestep: Tensor, vector: Tensor | None, dtype: torch.dtype) -> Tensor:
         """timestep (B,), vector (B, D) or labels (B,) -> the embedding that every residual block is given, (B, E)."""
-        embedding = self.time_embed(sinusoidal_embedding(timestep, self.config.model_channels).to(dtype))
+        embedding = self.time_embed(sinusoidal_embedding(timestep, self._base).to(dtype))
         if self.label_emb is not None:
             if vector is None:
-                raise ValueError("this U-Net needs Conditioning.vector")
+                raise ValueError("this network needs Conditioning.vector")
             embedding = embedding + self.label_emb(vector)
         return embedding
+
+    def contract(
+        self, x: Tensor, timestep: Tensor, cond: Conditioning, hint: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """x (B, C, h, w), timestep (B,), cond -> the embedding (B, E), every skip (B, C_i, h_i, w_i), and the middle.
+
+        hint: (1 or B, model_channels, h, w), added behind the first convolution. Raises ValueError where `cond` lacks
+        the text states or the vector that this network was built for.
+        """
+        if cond.cross is None and self._takes_text:
+            raise ValueError("this network needs Conditioning.cross")
+        embedding = self.embed(timestep, cond.vector, x.dtype)
+        hidden = x if cond.concat is None else torch.cat([x, cond.concat], dim=1)
+        skips: list[Tensor] = []
+        for stage in self.input_blocks:
+            hidden = stage(hidden, embedding, cond.cross, None)
+            if hint is not None and not skips:
+                hidden = hidden + hint
+            skips.append(hidden)
+        return embedding, skips, self.middle_block(hidden, embedding, cond.cross, None)
+
+
+class UNet(Contracting):
+    """Noisy latent, timestep and conditioning to a prediction (noise, velocity or image, as it was trained)."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        self.config = config
+        base = config.model_channels
+        self.output_blocks = _up(config, 4 * base, self.skips)
+        self.out = nn.Sequential(nn.GroupNorm(32, base), nn.SiLU(), nn.Conv2d(base, config.out_channels, 3, padding=1))
 
     def forward(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         """x (B, C, h, w), timestep (B,), cond -> (B, out_channels, h, w). Any height and width.
 
         Raises ValueError where `cond` lacks the text states or the vector that this network was built for.
         """
-        if cond.cross is None and self.config.context_width is not None:
-            raise ValueError("this U-Net needs Conditioning.cross")
-        embedding = self.embed(timestep, cond.vector, x.dtype)
-        hidden = x if cond.concat is None else torch.cat([x, cond.concat], dim=1)
-        skips: list[Tensor] = []
-        for stage in self.input_blocks:
-            hidden = stage(hidden, embedding, cond.cross, None)
-            skips.append(hidden)
-        hidden = self.middle_block(hidden, embedding, cond.cross, None)
+        embedding, skips, hidden = self.contract(x, timestep, cond)
         if cond.control:
             *levels, middle = cond.control
             hidden = hidden + middle
@@ -191,3 +160,56 @@ class UNet(nn.Module):
             height, width = skips[-1].shape[-2:] if skips else hidden.shape[-2:]
             hidden = stage(hidden, embedding, cond.cross, (height, width))
         return self.out(hidden)
+
+
+def _label_embedding(config: UNetConfig, width: int) -> nn.Module | None:
+    """What turns `Conditioning.vector` into a summand of the time embedding, where the network takes one."""
+    if config.classes is not None:
+        return nn.Embedding(config.classes, width)
+    if config.vector_width is not None:
+        project = nn.Sequential(nn.Linear(config.vector_width, width), nn.SiLU(), nn.Linear(width, width))
+        return nn.Sequential(project)
+    return None
+
+
+def _attention(config: UNetConfig, channels: int, depth: int, cross_only: bool = False) -> list[Attention]:
+    """The attention after a residual block: none, over itself, or also over the text."""
+    if depth == 0:
+        return []
+    heads = config.heads_for(channels)
+    if config.context_width is None:
+        return [AttentionBlock(channels, heads)]
+    linear = config.linear_projections
+    return [SpatialTransformer(channels, config.context_width, heads, depth, linear=linear, cross_only=cross_only)]
+
+
+def _down(config: UNetConfig, width: int) -> tuple[nn.ModuleList, list[int]]:
+    """The contracting half, and the width of every skip it leaves."""
+    channels = config.model_channels
+    stages, skips = [Stage([nn.Conv2d(config.in_channels, channels, 3, padding=1)])], [channels]
+    for level, mult in enumerate(config.channel_mult):
+        for _ in range(config.res_blocks):
+            out = config.model_channels * mult
+            attention = _attention(config, out, config.attention[level], config.cross_only[level])
+            stages.append(Stage([ResBlock(channels, out, width, config.dropout), *attention]))
+            skips.append(channels := out)
+        if level < len(config.channel_mult) - 1:
+            stages.append(Stage([Downsample(channels)]))
+            skips.append(channels)
+    return nn.ModuleList(stages), skips
+
+
+def _up(config: UNetConfig, width: int, skips: list[int]) -> nn.ModuleList:
+    """The expanding half: every stage first takes the newest skip."""
+    skips = list(skips)
+    channels, stages = skips[-1], []
+    for level, mult in reversed(list(enumerate(config.channel_mult))):
+        for block in range(config.res_blocks + 1):
+            out = config.model_channels * mult
+            stage: list[nn.Module] = [ResBlock(channels + skips.pop(), out, width, config.dropout)]
+            stage += _attention(config, out, config.attention[level], config.cross_only[level])
+            if level > 0 and block == config.res_blocks:
+                stage.append(Upsample(out))
+            stages.append(Stage(stage))
+            channels = out
+    return nn.ModuleList(stages)
