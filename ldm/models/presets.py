@@ -4,6 +4,7 @@
 |-----------------|--------|------------------------------------|------------|-------------|
 | SD 1.x          | 4      | CLIP-L, last layer                 | eps        | 512         |
 | SD 2.x          | 4      | OpenCLIP ViT-H, last but one       | eps or v   | 512, 768    |
+| SD 2.1 unCLIP   | 4      | as SD 2.x; a CLIP image as vector  | v          | 768         |
 | SDXL base       | 4      | CLIP-L and OpenCLIP bigG           | eps        | 1024        |
 | SDXL refiner    | 4      | OpenCLIP bigG                      | eps        | 1024        |
 | ours            | 4      | a small OpenCLIP tower             | v          | 128 or 256  |
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.image_encoder import ImageConfig
 from ldm.models.text_encoder import TextConfig
 from ldm.models.tokenizer import END
 from ldm.models.unet import UNetConfig
@@ -39,6 +41,17 @@ class TextUse:
 
 
 @dataclass(frozen=True)
+class ImageUse:
+    """An image tower, of whose embedding of a picture, noised, `Conditioning.vector` is made (SD 2.1 unCLIP).
+
+    statistics: whether mean and deviation of such embeddings are known; else they are taken as 0 and 1.
+    """
+
+    tower: ImageConfig
+    statistics: bool = False
+
+
+@dataclass(frozen=True)
 class SystemConfig:
     """One latent diffusion system.
 
@@ -47,6 +60,7 @@ class SystemConfig:
     zero_terminal_snr: whether that schedule is rescaled to end in pure noise (Lin et al. 2023).
     size: the side in pixels of the pictures it was trained on.
     sizes_in_vector: how many size and crop numbers follow the pooled text in `Conditioning.vector` (SDXL 6, refiner 5).
+    image: where the vector is made of a picture.
     """
 
     family: Family
@@ -58,11 +72,14 @@ class SystemConfig:
     zero_terminal_snr: bool = False
     size: int = 512
     sizes_in_vector: int = 0
+    image: ImageUse | None = None
 
 
 CLIP_L = TextConfig(width=768, layers=12, heads=12)
 OPENCLIP_H = TextConfig(1024, 24, 16, projection=1024, names="open_clip", activation="gelu")
 OPENCLIP_BIGG = TextConfig(1280, 32, 20, projection=1280, names="open_clip", activation="gelu")
+OPENCLIP_H_IMAGE = ImageConfig(1280, 32, 16, projection=1024)
+OPENCLIP_L_IMAGE = ImageConfig(1024, 24, 16, projection=768, activation="quick_gelu")
 SMALL_TEXT = TextConfig(192, 6, 6, projection=192, names="open_clip", activation="gelu")
 
 
@@ -88,6 +105,13 @@ def sd2(prediction: PredictionType = "eps", in_channels: int = 4) -> SystemConfi
         prediction=prediction,
         size=768 if prediction == "v" else 512,
     )
+
+
+def sd2_unclip(tower: Literal["h", "l"] = "h") -> SystemConfig:
+    """Stable Diffusion 2.1 unCLIP, which varies pictures: told by OpenCLIP ViT-H (h) or OpenAI's ViT-L (l)."""
+    config = sd2("v")
+    image = ImageUse(OPENCLIP_H_IMAGE if tower == "h" else OPENCLIP_L_IMAGE)
+    return replace(config, unet=replace(config.unet, vector_width=2 * image.tower.projection), image=image)
 
 
 def sd_x4_upscaler() -> SystemConfig:
@@ -190,9 +214,10 @@ def tiny(config: SystemConfig, width: int = 32) -> SystemConfig:
     tower and one residual block at each level of the autoencoder.
     """
     towers = tuple(replace(use, tower=_tiny_tower(use.tower, width)) for use in config.text)
+    vectors = 1 if config.image is None else 2  # the embedding, and the level of its noise
     return replace(
         config,
-        unet=_tiny_unet(config.unet, width, towers=len(towers), sizes=config.sizes_in_vector),
+        unet=_tiny_unet(config.unet, width, towers=len(towers), vector=width * vectors + 256 * config.sizes_in_vector),
         autoencoder=replace(
             config.autoencoder,
             base_channels=width,
@@ -200,6 +225,7 @@ def tiny(config: SystemConfig, width: int = 32) -> SystemConfig:
             res_blocks=1,
         ),
         text=towers,
+        image=None if config.image is None else replace(config.image, tower=_tiny_image(config.image.tower, width)),
         size=64,
     )
 
@@ -209,7 +235,11 @@ def _tiny_tower(tower: TextConfig, width: int) -> TextConfig:
     return replace(tower, width=width, layers=2, heads=2, projection=projection)
 
 
-def _tiny_unet(unet: UNetConfig, width: int, towers: int, sizes: int) -> UNetConfig:
+def _tiny_image(tower: ImageConfig, width: int) -> ImageConfig:
+    return replace(tower, width=width, layers=2, heads=2, projection=width, size=2 * tower.patch)
+
+
+def _tiny_unet(unet: UNetConfig, width: int, towers: int, vector: int) -> UNetConfig:
     return replace(
         unet,
         model_channels=width,
@@ -219,7 +249,7 @@ def _tiny_unet(unet: UNetConfig, width: int, towers: int, sizes: int) -> UNetCon
         context_width=None if unet.context_width is None else width * towers,
         heads=None if unet.heads is None else 2,
         head_width=None if unet.head_width is None else width // 2,
-        vector_width=None if unet.vector_width is None else width + 256 * sizes,
+        vector_width=None if unet.vector_width is None else vector,
     )
 
 

@@ -48,8 +48,18 @@ class TextTower(Protocol):
 
     config: TextConfig
 
-    def __call__(self, ids: Tensor, skip: int = 0, final_norm: bool = True, pooled: bool = False) -> TextStates:
-        """ids (B, N) int64; `skip` layers left out at the end for the states; see `_encode`."""
+    def __call__(
+        self,
+        ids: Tensor,
+        skip: int = 0,
+        final_norm: bool = True,
+        pooled: bool = False,
+        extra: Tensor | None = None,
+    ) -> TextStates:
+        """ids (B, N) int64; `skip` layers left out at the end for the states; see `_encode`.
+
+        extra (n, D): the vectors of ids above the vocabulary, which textual-inversion embeddings bring.
+        """
         ...
 
 
@@ -58,11 +68,12 @@ def _activate(x: Tensor, name: str) -> Tensor:
 
 
 class OpenCLIPAttention(nn.Module):
-    """Causal self-attention with one input projection. Tensor names: in_proj_weight, in_proj_bias, out_proj."""
+    """Self-attention with one input projection. Tensor names: in_proj_weight, in_proj_bias, out_proj."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
         self.heads = heads
+        self.causal = causal
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width).normal_(std=width**-0.5))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -70,7 +81,7 @@ class OpenCLIPAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        return self.out_proj(attend(q, k, v, self.heads, causal=True))
+        return self.out_proj(attend(q, k, v, self.heads, causal=self.causal))
 
 
 class OpenCLIPMLP(nn.Module):
@@ -90,12 +101,12 @@ class OpenCLIPMLP(nn.Module):
 class OpenCLIPBlock(nn.Module):
     """Attention and position-wise network, normalised first and added. Tensor names: ln_1, attn, ln_2, mlp."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, width: int, heads: int, activation: str, causal: bool) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.width)
-        self.attn = OpenCLIPAttention(config.width, config.heads)
-        self.ln_2 = nn.LayerNorm(config.width)
-        self.mlp = OpenCLIPMLP(config.width, config.activation)
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = OpenCLIPAttention(width, heads, causal)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = OpenCLIPMLP(width, activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
@@ -104,11 +115,11 @@ class OpenCLIPBlock(nn.Module):
 
 
 class OpenCLIPTransformer(nn.Module):
-    """The blocks. Tensor names: resblocks.N."""
+    """The blocks of a text tower (causal) or of an image tower. Tensor names: resblocks.N."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, width: int, layers: int, heads: int, activation: str, *, causal: bool) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(OpenCLIPBlock(config) for _ in range(config.layers))
+        self.resblocks = nn.ModuleList(OpenCLIPBlock(width, heads, activation, causal) for _ in range(layers))
 
 
 class OpenCLIPText(nn.Module):
@@ -119,17 +130,29 @@ class OpenCLIPText(nn.Module):
         self.config = config
         self.token_embedding = nn.Embedding(config.vocabulary, config.width)
         self.positional_embedding = nn.Parameter(torch.empty(config.tokens, config.width).normal_(std=0.01))
-        self.transformer = OpenCLIPTransformer(config)
-        self.ln_final = nn.LayerNorm(config.width)
-        self.text_projection = nn.Parameter(
-            torch.empty(config.width, config.projection or config.width).normal_(std=config.width**-0.5)
+        self.transformer = OpenCLIPTransformer(
+            config.width, config.layers, config.heads, config.activation, causal=True
         )
+        self.ln_final = nn.LayerNorm(config.width)
+        self.text_projection = None
+        if config.projection is not None:
+            self.text_projection = nn.Parameter(
+                torch.empty(config.width, config.projection).normal_(std=config.width**-0.5)
+            )
 
-    def forward(self, ids: Tensor, skip: int = 0, final_norm: bool = True, pooled: bool = False) -> TextStates:
+    def forward(
+        self,
+        ids: Tensor,
+        skip: int = 0,
+        final_norm: bool = True,
+        pooled: bool = False,
+        extra: Tensor | None = None,
+    ) -> TextStates:
         """ids (B, N) -> text states; the end token's state in the joint space where `pooled`."""
-        x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
-        states, end = _encode(x, self.transformer.resblocks, self.ln_final, ids, skip, final_norm, pooled)
-        return TextStates(states, None if end is None else end @ self.text_projection)
+        x = _look_up(self.token_embedding, ids, extra) + self.positional_embedding[: ids.shape[1]]
+        end = _end(ids, self.config) if pooled else None
+        states, last = _encode(x, self.transformer.resblocks, self.ln_final, skip, final_norm, end)
+        return TextStates(states, last if last is None or self.text_projection is None else last @ self.text_projection)
 
 
 class CLIPAttention(nn.Module):
@@ -186,9 +209,9 @@ class CLIPEmbeddings(nn.Module):
         self.token_embedding = nn.Embedding(config.vocabulary, config.width)
         self.position_embedding = nn.Embedding(config.tokens, config.width)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, extra: Tensor | None) -> Tensor:
         """ids (B, N) -> (B, N, D)."""
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+        return _look_up(self.token_embedding, ids, extra) + self.position_embedding.weight[: ids.shape[1]]
 
 
 class CLIPEncoder(nn.Module):
@@ -217,21 +240,42 @@ class CLIPText(nn.Module):
         self.config = config
         self.text_model = CLIPTextModel(config)
 
-    def forward(self, ids: Tensor, skip: int = 0, final_norm: bool = True, pooled: bool = False) -> TextStates:
+    def forward(
+        self,
+        ids: Tensor,
+        skip: int = 0,
+        final_norm: bool = True,
+        pooled: bool = False,
+        extra: Tensor | None = None,
+    ) -> TextStates:
         """ids (B, N) -> text states; the end token's normalised state where `pooled`."""
         model = self.text_model
-        states, end = _encode(
-            model.embeddings(ids), model.encoder.layers, model.final_layer_norm, ids, skip, final_norm, pooled
-        )
-        return TextStates(states, end)
+        x = model.embeddings(ids, extra)
+        end = _end(ids, self.config) if pooled else None
+        return TextStates(*_encode(x, model.encoder.layers, model.final_layer_norm, skip, final_norm, end))
+
+
+def _look_up(table: nn.Embedding, ids: Tensor, extra: Tensor | None) -> Tensor:
+    """The vectors of ids (B, N) -> (B, N, D): from the table, and for ids beyond it from `extra` (n, D)."""
+    if extra is None:
+        return table(ids)
+    known = table.num_embeddings
+    new = ids >= known
+    x = table(ids.masked_fill(new, 0))
+    x[new] = extra.to(x)[ids[new] - known]
+    return x
+
+
+def _end(ids: Tensor, config: TextConfig) -> Tensor:
+    """Where the first end token stands, (B,). It is the vocabulary's last; tokens that embeddings bring lie above."""
+    return (ids == config.vocabulary - 1).int().argmax(dim=-1)
 
 
 def _encode(
-    x: Tensor, blocks: nn.ModuleList, norm: nn.Module, ids: Tensor, skip: int, final_norm: bool, pooled: bool
+    x: Tensor, blocks: nn.ModuleList, norm: nn.Module, skip: int, final_norm: bool, end: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Run a tower: states after all but `skip` blocks, and the end token's state after all of them.
+    """Run a tower: states after all but `skip` blocks, and the state at `end` after all of them.
 
-    The end token has the largest id, so the first maximum is the first end token, also where it pads.
     Blocks whose result nobody asked for are not run.
     """
     if not 0 <= skip < len(blocks):
@@ -239,12 +283,11 @@ def _encode(
     for block in blocks[: len(blocks) - skip]:
         x = block(x)
     states = norm(x) if final_norm else x
-    if not pooled:
+    if end is None:
         return states, None
     for block in blocks[len(blocks) - skip :]:
         x = block(x)
-    last = norm(x)
-    return states, last[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]
+    return states, norm(x)[torch.arange(len(x), device=x.device), end]
 
 
 def text_tower(config: TextConfig) -> OpenCLIPText | CLIPText:

@@ -11,8 +11,10 @@ import gzip
 import html
 import importlib.util
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 
 import regex
 
@@ -27,19 +29,61 @@ _PIECES = regex.compile(
 )
 """What the text is cut into: the two marks, endings of contractions, words, single digits, runs of anything else."""
 
+NO_WORDS: Mapping[str, Sequence[int]] = MappingProxyType({})
+"""No names beside the vocabulary."""
 
-def tokenize(text: str, length: int = LENGTH, padding: int = 0) -> list[int]:
+
+def tokenize(
+    text: str, length: int = LENGTH, padding: int = 0, words: Mapping[str, Sequence[int]] = NO_WORDS
+) -> list[int]:
     """Text -> exactly `length` ids: start, the words, end, then `padding`. Longer texts are cut before the end.
 
-    padding is 0 for OpenCLIP towers and `END` for CLIP-L (SD 1.x).
+    padding is 0 for OpenCLIP towers and `END` for CLIP-L (SD 1.x); words: see `word_ids`.
     """
-    ids = [START, *word_ids(text)[: length - 2], END]
+    ids = [START, *word_ids(text, words)[: length - 2], END]
     return ids + [padding] * (length - len(ids))
 
 
-def word_ids(text: str) -> list[int]:
-    """Text -> ids without start, end and padding, as many as it takes."""
-    return [id_ for piece in _PIECES.findall(_clean(text)) for id_ in _piece_ids(piece)]
+def word_ids(text: str, words: Mapping[str, Sequence[int]] = NO_WORDS) -> list[int]:
+    """Text -> ids without start, end and padding, as many as it takes.
+
+    words: names that stand for ids of their own (textual-inversion embeddings), found as `split_at_names` says.
+    """
+    ids: list[int] = []
+    for part, name in split_at_names(text, words):
+        for piece in _PIECES.findall(part):
+            ids += _piece_ids(piece)
+        ids += words[name] if name else ()
+    return ids
+
+
+def split_at_names(text: str, names: Iterable[str]) -> list[tuple[str, str]]:
+    """A text as [(what stands before a name, the name), ...]; the last part's name is empty. The parts are mended.
+
+    A name is found in any letter case, the longest first, and not inside of a longer word or number: "cat" is neither
+    in "concatenate" nor in "cat2", but in "cat-toy". AUTOMATIC1111's web UI, which compares tokens, finds the same.
+    ComfyUI's "embedding:" before a name goes with it.
+    """
+    text, known = _clean(text), {_clean(name): name for name in names}
+    known.pop("", None)
+    if not known:
+        return [(text, "")]
+    parts, begun = [], 0
+    for found in _names_pattern(tuple(known)).finditer(text):
+        parts.append((text[begun : found.start()], known[found["name"]]))
+        begun = found.end()
+    return [*parts, (text[begun:], "")]
+
+
+def _names_pattern(names: tuple[str, ...]) -> regex.Pattern[str]:
+    """Any of the names, where neither a letter nor a digit carries on what the name begins or ends with."""
+    longest_first = sorted(names, key=len, reverse=True)
+    before, behind = r"(?<![\p{L}\p{N}])", r"(?![\p{L}\p{N}])"
+    bounded = (
+        f"{before if name[0].isalnum() else ''}{regex.escape(name)}{behind if name[-1].isalnum() else ''}"
+        for name in longest_first
+    )
+    return regex.compile(rf"(?:{before}embedding:)?(?P<name>{'|'.join(bounded)})")
 
 
 def _clean(text: str) -> str:
@@ -65,6 +109,13 @@ def _piece_ids(piece: str) -> tuple[int, ...]:
             break
         symbols = _merge(symbols, pair)
     return tuple(ids[symbol] for symbol in symbols)
+
+
+def vocabulary() -> tuple[dict[str, int], list[str]]:
+    """The id of every symbol and the merges in their order, as the files of other tokenizers hold them."""
+    ids, ranks, _ = _tables()
+    marks: dict[str, str] = dict(zip(_MARKS, ("<|startoftext|>", "<|endoftext|>"), strict=True))
+    return {marks.get(symbol, symbol): index for symbol, index in ids.items()}, [" ".join(pair) for pair in ranks]
 
 
 def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:

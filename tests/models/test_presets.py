@@ -14,6 +14,8 @@ from open_clip import get_model_config
 from ldm.diffusion.schedule import NOISE_SCHEDULES
 from ldm.models import presets
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.image_encoder import ImageTower
+from ldm.models.noise_augmentor import NoiseAugmentor
 from ldm.models.presets import CLIP_L, OPENCLIP_BIGG, OPENCLIP_H, SystemConfig, TextUse, tiny
 from ldm.models.text_encoder import text_tower
 from ldm.models.tokenizer import END, tokenize
@@ -46,6 +48,11 @@ def forward(config: SystemConfig, device: str) -> dict[str, torch.Tensor]:
             states.append(encoded.states)
             pooled += [] if encoded.pooled is None else [encoded.pooled]
         vector = torch.tensor([20]) if config.unet.classes else None
+        if config.image is not None:
+            tower = config.image.tower
+            embedding = ImageTower(tower).eval()(torch.zeros(1, 3, tower.size, tower.size))
+            zero, one = torch.zeros(1), torch.ones(1)
+            vector = NoiseAugmentor(tower.projection, config.image.statistics)(embedding, embedding, zero, one, zero)
         if pooled:
             vector = torch.cat([*pooled, torch.zeros(1, 256 * config.sizes_in_vector)], dim=1)
         latents = autoencoder.encode(torch.zeros(1, 3, config.size, config.size))
