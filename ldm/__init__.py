@@ -16,16 +16,19 @@ if TYPE_CHECKING:
     from ldm.errors import LdmError
     from ldm.pipeline.latent_diffusion import LatentDiffusion
     from ldm.pipeline.load import load
-    from ldm.pipeline.request import GenerateRequest
+    from ldm.pipeline.request import Control, GenerateRequest
+    from ldm.weights.adapters.read import read_adapter
 
 __version__ = "0.1.0"
-__all__ = ["GenerateRequest", "LatentDiffusion", "LdmError", "__version__", "load"]
+__all__ = ["Control", "GenerateRequest", "LatentDiffusion", "LdmError", "__version__", "load", "read_adapter"]
 
 _HOMES = {
+    "Control": "ldm.pipeline.request",
     "GenerateRequest": "ldm.pipeline.request",
     "LatentDiffusion": "ldm.pipeline.latent_diffusion",
     "LdmError": "ldm.errors",
     "load": "ldm.pipeline.load",
+    "read_adapter": "ldm.weights.adapters.read",
 }
 
 

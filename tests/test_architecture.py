@@ -50,13 +50,15 @@ HEAVY: dict[str, set[str]] = {
     "xformers": {"layers/attention.py"},
     "ftfy": {"models/tokenizer.py"},
     "tyro": {"apps/cli.py", "apps/options.py", "data/packed.py", "data/pictures/build.py"},
-    "rich": {"apps/progress.py", "apps/info.py"},
+    "rich": {"apps/progress.py", "apps/info.py", "apps/info_page.py"},
     "pydantic": {"pipeline/request.py"},
+    "cv2": {"pipeline/control.py"},
 }
 """Heavy packages, or ones with a single purpose, and the files that may import them."""
 
-LIGHT = ("apps/cli.py", "apps/options.py", "apps/progress.py", "apps/generate.py", "apps/sheet.py", "__main__.py",
-         "pipeline/request.py", "pipeline/images.py", "pipeline/files.py", "errors.py", "__init__.py")  # fmt: skip
+LIGHT = ("apps/cli.py", "apps/options.py", "apps/progress.py", "apps/generate.py", "apps/controls.py", "apps/sheet.py",
+         "__main__.py", "pipeline/request.py", "pipeline/images.py", "pipeline/files.py", "errors.py",
+         "__init__.py")  # fmt: skip
 """What the command line imports before it knows that it needs torch."""
 
 

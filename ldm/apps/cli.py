@@ -16,7 +16,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
 
 from ldm import __version__
-from ldm.apps.options import Command, Generate, Img2Img, Info, Sheet, Train
+from ldm.apps.options import Command, Convert, Generate, Img2Img, Info, Sheet, Train
 from ldm.apps.progress import to_stderr
 from ldm.errors import LdmError
 
@@ -26,6 +26,7 @@ _Parsed = (
     Annotated[Generate, subcommand("generate")]
     | Annotated[Img2Img, subcommand("img2img")]
     | Annotated[Info, subcommand("info")]
+    | Annotated[Convert, subcommand("convert")]
     | Annotated[Sheet, subcommand("sheet")]
     | Annotated[Train, subcommand("train")]
 )
@@ -83,7 +84,11 @@ def _dispatch(command: Command) -> None:
         case Info():
             from ldm.apps.info import info
 
-            info(command.file, as_json=command.json, deep=command.deep)
+            info(command.file, as_json=command.json, deep=command.deep, allow_pickle=command.allow_pickle)
+        case Convert():
+            from ldm.apps.convert import convert
+
+            convert(command)
         case Sheet():
             from ldm.apps.sheet import sheet
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
+from ldm.apps.controls import MAX_PICTURE_FILE, control_files, controls_of
 from ldm.apps.options import Generate, Img2Img, Model, Prompts, Sampling
 from ldm.apps.progress import Bar, Stopwatch, progress_bar, to_stderr
 from ldm.errors import LdmError
@@ -19,9 +20,9 @@ from ldm.pipeline.request import GenerateRequest, shown
 if TYPE_CHECKING:
     from ldm.pipeline.latent_diffusion import LatentDiffusion
     from ldm.pipeline.picture import Picture
+    from ldm.weights.embeddings import Embedding
 
 MAX_PROMPT_FILE = 16 * 2**20
-MAX_PICTURE_FILE = 20 * 2**20
 
 
 def generate(command: Generate | Img2Img) -> None:
@@ -31,6 +32,10 @@ def generate(command: Generate | Img2Img) -> None:
     check_output(command.output.output)
     with progress_bar(sum(request.count for request in requests)) as bar:
         model = load_model(command.model, watch)
+        if files := control_files(command.controls):
+            pickles, folders = command.model.allow_pickle, command.model.models or None
+            model = model.with_controls(files, allow_pickle=pickles, models=folders)
+            watch.mark("loading")
         for rule in model.origin.rules if command.output.verbose else ():
             to_stderr(f"model: {rule}")
         model_hash = _hash_in_background(model.origin.path)
@@ -50,6 +55,7 @@ def requests_of(command: Generate | Img2Img) -> list[GenerateRequest]:
     """A validated request for each prompt. Raises `LdmError` before anything slow has begun."""
     fields = request_fields(command.sampling)
     fields |= {"seed": command.prompts.seed, "count": command.prompts.count}
+    fields |= {"controls": controls_of(command.controls)}
     if isinstance(command, Img2Img):
         fields |= {"image": read_file(command.image, MAX_PICTURE_FILE), "strength": command.strength}
     return [GenerateRequest(prompt=prompt, **fields) for prompt in _prompts(command.prompts)]
@@ -79,11 +85,44 @@ def load_model(model: Model, watch: Stopwatch) -> LatentDiffusion:
 
     watch.mark("imports")
     prediction = None if model.prediction == "auto" else model.prediction
-    loaded = load(model.file, device=model.device, dtype=model.dtype, prediction=prediction)
+    loaded = load(
+        model.file,
+        vae=model.vae,
+        unet=model.unet,
+        text_encoder=model.text_encoder,
+        device=model.device,
+        dtype=model.dtype,
+        prediction=prediction,
+        allow_pickle=model.allow_pickle,
+        models=model.models or None,
+    )
     for warning in loaded.origin.warnings:
         to_stderr(f"warning: {warning}")
+    if model.lora:
+        from ldm.apps.adapters import read_adapters
+
+        loaded = loaded.with_adapters(read_adapters(model.lora, model.models, allow_pickle=model.allow_pickle))
+    if model.embedding:
+        loaded = loaded.with_embeddings(_embeddings(model))
     watch.mark("loading")
     return loaded
+
+
+def _embeddings(model: Model) -> list[Embedding]:
+    """Those of the files named, each said by its name, which a file may give."""
+    from ldm.weights.embeddings import read_embeddings
+    from ldm.weights.find import locate, model_roots
+    from ldm.weights.io import printable
+
+    found = []
+    for given in model.embedding:
+        path = locate("embedding", given, model_roots(model.models or None))
+        for embedding in read_embeddings(path, allow_pickle=model.allow_pickle):
+            to_stderr(f"embedding: {printable(embedding.name)}, {embedding.places} tokens ({printable(str(path))})")
+            for name in embedding.unused:
+                to_stderr(f"warning: {printable(embedding.name)}: {name} is left out, it acts behind the text encoder")
+            found.append(embedding)
+    return found
 
 
 def draw(model: LatentDiffusion, request: GenerateRequest, bar: Bar, watch: Stopwatch, done: int) -> Iterator[Picture]:

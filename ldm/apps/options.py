@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from ldm.pipeline.request import (
     DEFAULT_GUIDANCE,
@@ -48,7 +48,24 @@ class Model:
     """Which model draws, and where."""
 
     file: Annotated[Path | None, arg(name="model", metavar="FILE", help_behavior_hint="")] = None
-    """A single .safetensors file: Stable Diffusion 1.x, 2.x, SDXL, or ours. By default the one that ships."""
+    """Stable Diffusion 1.x, 2.x, SDXL, or ours: a file, a diffusers folder, or a name in --models. By default the model
+    that ships."""
+    vae: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """An autoencoder to use instead of the model's own."""
+    unet: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A U-Net to use instead of the model's own."""
+    text_encoder: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE", help_behavior_hint="")] = ()
+    """A text encoder to use instead of the model's own; SDXL has two, so it may be given twice."""
+    lora: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE[:W[:TEXT]]", help_behavior_hint="")] = ()
+    """A LoRA or another adapter, with its weight, by default 1, and perhaps another one for the text encoders. May be
+    given more than once."""
+    embedding: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE", help_behavior_hint="")] = ()
+    """A textual-inversion embedding, which prompts then use by its name. May be given more than once."""
+    models: Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="DIR", help_behavior_hint="")] = ()
+    """A folder in which files are looked for by name: a flat one, AUTOMATIC1111's or ComfyUI's. May be given more than
+    once; by default the folders that LDM_MODELS lists."""
+    allow_pickle: bool = False
+    """Read .ckpt, .pt and .bin too, with a reader that runs nothing that is in them."""
     device: Annotated[str, arg(metavar="D")] = "auto"
     """cpu, cuda, cuda:1, mps; auto is a CUDA GPU if there is one, else the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -84,6 +101,27 @@ class Prompts:
 
 
 @dataclass(frozen=True)
+class Controls:
+    """Pictures that the result is held to, each by a ControlNet. Weight, start and end are given once for all or once
+    for each."""
+
+    control: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE", help_behavior_hint="")] = ()
+    """A ControlNet: a file, a diffusers folder, or a name in --models. May be given more than once; they add up."""
+    control_image: Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="FILE", help_behavior_hint="")] = ()
+    """The picture that it looks at: edges, a depth map, a pose ... One for each --control, in the same order."""
+    control_weight: Annotated[UseAppendAction[tuple[float, ...]], arg(metavar="X", help_behavior_hint="")] = ()
+    """How strongly it acts, 0 to 2; by default 1."""
+    control_start: Annotated[UseAppendAction[tuple[float, ...]], arg(metavar="X", help_behavior_hint="")] = ()
+    """The share of the steps before it begins to act; by default 0."""
+    control_end: Annotated[UseAppendAction[tuple[float, ...]], arg(metavar="X", help_behavior_hint="")] = ()
+    """The share of the steps after which it acts no more; by default 1."""
+    guess: bool = False
+    """Have all controls act on the prompt's side alone, so that an empty prompt will do; with --guidance 3 to 5."""
+    canny: bool = False
+    """Control images are ordinary pictures; show their edges instead (needs OpenCV)."""
+
+
+@dataclass(frozen=True)
 class Generate:
     """Draw pictures from text."""
 
@@ -91,6 +129,7 @@ class Generate:
     output: Output = field(default_factory=Output)
     model: Model = field(default_factory=Model)
     sampling: Sampling = field(default_factory=Sampling)
+    controls: Controls = field(default_factory=Controls)
 
 
 @dataclass(frozen=True)
@@ -105,18 +144,56 @@ class Img2Img:
     output: Output = field(default_factory=Output)
     model: Model = field(default_factory=Model)
     sampling: Sampling = field(default_factory=Sampling)
+    controls: Controls = field(default_factory=Controls)
 
 
 @dataclass(frozen=True)
 class Info:
-    """Say what a model file is; exit code 2 where something is wrong with it."""
+    """Say what a model file is, and how to mend it; exit code 2 where something is wrong with it."""
 
     file: Annotated[Positional[Path], arg(metavar="FILE")]
-    """A .safetensors file."""
+    """A model file, a folder that diffusers wrote, or a folder with many files, which gives a table."""
     json: bool = False
     """Print a JSON object."""
     deep: bool = False
-    """Also read all the numbers: the file's hash, and whether they are finite."""
+    """Also read all the numbers: the file's hashes, and whether they are finite."""
+    allow_pickle: bool = False
+    """Read the tensors of .ckpt, .pt and .bin too, with a reader that runs nothing that is in them."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Write a model in another layout or precision; with parts exchanged, adapters baked in, or merged with another."""
+
+    file: Annotated[Positional[Path], arg(metavar="FILE")]
+    """A model in any layout that can be read, or a part of one."""
+    output: Annotated[Positional[Path], arg(metavar="OUT")]
+    """The .safetensors file or the diffusers folder to write. Nothing is ever overwritten."""
+    to: Literal["auto", "single", "diffusers"] = "auto"
+    """The layout. auto is a single file where OUT ends in .safetensors, else a diffusers folder."""
+    dtype: Literal["same", "fp32", "bf16", "fp16"] = "same"
+    """The precision of every tensor."""
+    ema: Literal["auto", "keep", "use", "drop"] = "auto"
+    """The U-Net's averaged weights: keep them beside the others, use them instead, or drop them. auto keeps them unless
+    they are in the way of --prune, --merge or --lora."""
+    prune: bool = False
+    """Leave out what no network needs."""
+    prediction: Literal["auto", "eps", "v"] = "auto"
+    """What the U-Net says, where the file says nothing or is wrong."""
+    vae: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """An autoencoder to put in instead of the model's own."""
+    lora: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE[:W]", help_behavior_hint="")] = ()
+    """A LoRA or another adapter to bake in, with its weight, by default 1. May be given more than once."""
+    merge: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Another model to merge in: (1 - weight) * the first + weight * this."""
+    minus: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """With --merge, add a difference instead: the first + weight * (the merged one - this)."""
+    weight: Annotated[float | None, arg(metavar="X", help_behavior_hint="")] = None
+    """Of --merge; by default 0.5, and 1 with --minus."""
+    allow_pickle: bool = False
+    """Read .ckpt, .pt and .bin too, with a reader that runs nothing that is in them."""
+    json: bool = False
+    """Print a JSON object."""
 
 
 @dataclass(frozen=True)
@@ -151,4 +228,4 @@ class Train:
     """Stop after so many steps. By default the recipe's."""
 
 
-Command = Generate | Img2Img | Info | Sheet | Train
+Command = Generate | Img2Img | Info | Convert | Sheet | Train

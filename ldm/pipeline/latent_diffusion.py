@@ -5,8 +5,9 @@ Shapes: B batch, N tokens, D text width, z latent channels, h and w latent heigh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +19,23 @@ from ldm.diffusion.schedule import NOISE_SCHEDULES, NoiseSchedule, zero_terminal
 from ldm.errors import LdmError
 from ldm.layers.embeddings import sinusoidal_embedding
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.controlnet import ControlNet
+from ldm.models.image_encoder import ImageTower
+from ldm.models.noise_augmentor import NoiseAugmentor
 from ldm.models.presets import SystemConfig
 from ldm.models.text_encoder import TextTower
 from ldm.models.tokenizer import tokenize, word_ids
 from ldm.models.unet import UNet
+from ldm.pipeline.adapters import AdapterChoice, AppliedAdapter, with_adapters
+from ldm.pipeline.embeddings import fitted, words_of
 from ldm.pipeline.images import picture_bytes
 from ldm.pipeline.picture import Picture
 from ldm.pipeline.request import GenerateRequest
+from ldm.pipeline.unclip import image_vector
 from ldm.types import Conditioning
+from ldm.weights.controlnet import read_control
+from ldm.weights.embeddings import Embedding
+from ldm.weights.find import locate, model_roots
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -56,7 +66,11 @@ class Origin:
 class LatentDiffusion:
     """A latent diffusion model, ready to draw. It holds no state between calls, so threads may share it.
 
-    text: a tower for each entry of `config.text`; dtype: of the U-Net, and of the others unless they need a wider one.
+    text:       a tower for each entry of `config.text`; image, augmentor: for `config.image`
+    dtype:      of the U-Net, and of the others unless they need a wider one
+    embeddings: what prompts may use by name, see `with_embeddings`
+    adapters:   those it has, see `with_adapters`; originals: what they changed, as it was, by its name in a file
+    controls:   see `with_controls`
     """
 
     config: SystemConfig
@@ -66,12 +80,56 @@ class LatentDiffusion:
     device: torch.device
     dtype: torch.dtype
     origin: Origin = Origin()
+    image: ImageTower | None = None
+    augmentor: NoiseAugmentor | None = None
+    embeddings: tuple[Embedding, ...] = ()
+    adapters: tuple[AppliedAdapter, ...] = ()
+    originals: Mapping[str, Tensor] = field(default_factory=dict)
+    controls: Mapping[str, ControlNet] = field(default_factory=dict)
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
         """The noise schedule that the U-Net was trained with."""
         schedule = NOISE_SCHEDULES[self.config.schedule]()
         return zero_terminal_snr(schedule) if self.config.zero_terminal_snr else schedule
+
+    def with_embeddings(self, embeddings: Iterable[Embedding]) -> LatentDiffusion:
+        """A model whose prompts may use these embeddings by name, and no others; all else is shared with this one.
+
+        A name takes as many places as the embedding has vectors. It is found as `split_at_names` says. Raises
+        `LdmError` for an embedding that was made for text towers of other widths.
+        """
+        return replace(self, embeddings=fitted(embeddings, self.config))
+
+    def with_adapters(self, adapters: Iterable[AdapterChoice]) -> LatentDiffusion:
+        """A model with these adapters, LoRAs and their kin, and no others; none takes off what this one has.
+
+        adapters: (adapter, weight), or (adapter, weight for the U-Net, weight for the text towers); 1 is as trained
+
+        It shares every tensor that they leave alone with this one, which stays bit for bit as it is. What they change
+        is computed in float32 from the weights without adapters. Raises `LdmError` for an adapter that was made for
+        another kind of model, that is given twice, or that leads to weights that are not finite.
+        """
+        return with_adapters(self, adapters)
+
+    def with_controls(
+        self,
+        controls: Mapping[str, str | Path],
+        *,
+        allow_pickle: bool = False,
+        models: Sequence[str | Path] | None = None,
+    ) -> LatentDiffusion:
+        """A model whose requests may name these ControlNets, and no others; name -> file; all else is shared.
+
+        `model.with_controls({"canny": "control_v11p_sd15_canny.safetensors"})` then draws by
+        `generate("a bird", controls=[Control(network="canny", image=...)])`. Raises `LdmError` where a file is no
+        ControlNet or is made for another model. allow_pickle, models: as of `load`.
+        """
+        roots = model_roots(models)
+        read = partial(read_control, base=self.unet, device=self.device, dtype=self.dtype, allow_pickle=allow_pickle)
+        return replace(
+            self, controls={name: read(locate("controlnet", path, roots)) for name, path in controls.items()}
+        )
 
     def denoiser(self) -> Denoiser:
         """The U-Net as a function (x, sigma, cond) -> estimate of the clean latent."""
@@ -103,12 +161,13 @@ class LatentDiffusion:
         Raises `LdmError` when a tower has no such layer or says something that is not finite.
         """
         states, pooled = [], []
-        for tower, use in zip(self.text, self.config.text, strict=True):
+        for index, (tower, use) in enumerate(zip(self.text, self.config.text, strict=True)):
             skip = use.skip if clip_skip is None else clip_skip - 1
             if skip >= use.tower.layers:
                 raise LdmError(f"clip_skip: found {clip_skip}, expected 1 to {use.tower.layers}, this model's layers")
-            ids = torch.tensor([tokenize(prompt, use.tower.tokens, use.padding)], device=self.device)
-            encoded = tower(ids, skip, use.final_norm, use.pooled)
+            words, vectors = words_of(self.embeddings, index, use.tower.vocabulary)
+            ids = torch.tensor([tokenize(prompt, use.tower.tokens, use.padding, words)], device=self.device)
+            encoded = tower(ids, skip, use.final_norm, use.pooled, vectors)
             states.append(encoded.states)
             if encoded.pooled is not None:
                 pooled.append(encoded.pooled)
@@ -118,10 +177,21 @@ class LatentDiffusion:
         vector = torch.cat(pooled, dim=-1) if pooled else None
         if zeros:
             cross, vector = torch.zeros_like(cross), None if vector is None else torch.zeros_like(vector)
+        if self.config.image is not None:  # no picture: as in a quarter of its training
+            vector = cross.new_zeros(1, 2 * self.config.image.tower.projection)
         if vector is not None and self.config.sizes_in_vector:
             features = self._size_features(width or self.config.size, height or self.config.size, wanted)
             vector = torch.cat([vector, features.to(vector)], dim=-1)
         return Conditioning(cross=cross, vector=vector)
+
+    @torch.inference_mode()
+    def encode_image(self, image: bytes | str | Path | Image.Image, *, noise_level: int = 0, seed: int = 0) -> Tensor:
+        """A picture -> `Conditioning.vector` of batch 1 for a model that varies pictures (SD 2.1 unCLIP).
+
+        noise_level: 0..999, how freely it may be varied; seed: of the noise that the level adds. Raises `LdmError`
+        where the model takes no picture, or the file is none.
+        """
+        return image_vector(self, picture_bytes(image), noise_level, seed)
 
     def _size_features(self, width: int, height: int, wanted: bool) -> Tensor:
         """Original size, crop corner and target size, or for the refiner a score in place of the last, (1, 256 n).
@@ -134,8 +204,11 @@ class LatentDiffusion:
 
     def words_cut(self, prompt: str) -> int:
         """How many of the prompt's tokens do not fit into the text towers and are left out."""
-        room = min((use.tower.tokens for use in self.config.text), default=0) - 2  # start and end
-        return max(0, len(word_ids(prompt)) - room) if self.config.text else 0
+        if not self.config.text:
+            return 0
+        room = min(use.tower.tokens for use in self.config.text) - 2  # start and end
+        words, _ = words_of(self.embeddings, 0, self.config.text[0].tower.vocabulary)
+        return max(0, len(word_ids(prompt, words)) - room)
 
     def generate(self, request: str | GenerateRequest, **fields: Any) -> list[Picture]:
         """Draw pictures: a prompt and fields of `GenerateRequest`, or a request and changes to it.

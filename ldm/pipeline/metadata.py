@@ -23,15 +23,16 @@ from ldm.pipeline.request import GenerateRequest
 class Metadata:
     """What was read from a picture: other programs' text, and our record, each None where there is none.
 
-    record: {"version", "request", "model", "model_hash", "dtype", "notes"}; its request as `GenerateRequest.record`.
+    record: {"version", "request", "model", "model_hash", "dtype", "notes", "adapters"}; its request as
+    `GenerateRequest.record`.
     """
 
     parameters: str | None
     record: dict[str, Any] | None
 
     def request(self) -> GenerateRequest | None:
-        """The request to make the picture again, if ours is there and needs no picture to start from."""
-        if self.record is None or "image_sha256" in self.record["request"]:
+        """The request to make the picture again, if ours is there and needs no other picture."""
+        if self.record is None or "image_sha256" in self.record["request"] or self.record["request"].get("controls"):
             return None
         return GenerateRequest(**self.record["request"])
 

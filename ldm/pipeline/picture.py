@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
 from ldm import __version__
+from ldm.pipeline.adapters import AppliedAdapter
 from ldm.pipeline.files import write_new
-from ldm.pipeline.request import GenerateRequest
+from ldm.pipeline.request import Control, GenerateRequest
 from ldm.samplers import SAMPLERS
 
 KEYWORD = "ldm"
@@ -42,6 +44,8 @@ class Picture:
     model:   the model's name, None if it has none; dtype: of its U-Net
     notes:   what a reader should know, a line each
     seconds: its share of the time that denoising and decoding took
+    adapters: those of the model
+    embeddings: (name, SHA-256 of the file) of those that the prompts name
     """
 
     image: Image.Image
@@ -52,6 +56,8 @@ class Picture:
     dtype: str
     notes: tuple[str, ...]
     seconds: float
+    adapters: tuple[AppliedAdapter, ...] = ()
+    embeddings: tuple[tuple[str, str], ...] = ()
 
     def save(self, path: str | Path, *, model_hash: str | None = None) -> Path:
         """Write a PNG with all metadata at `path`, or at path-2, path-3 ... where that is taken. Returns the path.
@@ -75,6 +81,8 @@ def png_text(picture: Picture, model_hash: str | None = None) -> PngImagePlugin.
         "model_hash": model_hash,
         "dtype": picture.dtype,
         "notes": list(picture.notes),
+        "adapters": [asdict(adapter) for adapter in picture.adapters],
+        "embeddings": [{"name": name, "hash": digest} for name, digest in picture.embeddings],
     }
     info.add_text(KEYWORD, json.dumps(record))
     return info
@@ -99,13 +107,30 @@ def parameters_text(picture: Picture, model_hash: str | None = None) -> str:
         settings["Denoising strength"] = f"{request.strength:g}"
     if request.clip_skip is not None and request.clip_skip > 1:
         settings["Clip skip"] = request.clip_skip
+    for index, control in enumerate(request.controls):
+        settings[f"ControlNet {index}"] = _control_text(control)
     settings["RNG"] = "CPU"
     if request.eta is not None:
         settings["Eta"] = f"{request.eta:g}"
+    if picture.adapters:
+        hashes = {re.sub("[:,]", "", adapter.name): adapter.hash for adapter in picture.adapters}
+        settings["Lora hashes"] = ", ".join(f"{name}: {digits}" for name, digits in hashes.items())
+    if picture.embeddings:
+        named = (f"{re.sub('[:,]', '', name)}: {digest[:12]}" for name, digest in picture.embeddings)
+        settings["TI hashes"] = ", ".join(named)
     settings["Version"] = f"ldm-{__version__}"
     lines = [request.prompt, f"Negative prompt: {request.negative}" if request.negative else ""]
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items()))
     return "\n".join(line for line in lines if line)
+
+
+def _control_text(control: Control) -> str:
+    """One ControlNet as the web UI's extension writes it."""
+    mode = "ControlNet is more important" if control.guess else "Balanced"
+    return (
+        f"Module: {'canny' if control.canny else 'none'}, Model: {control.network}, Weight: {control.weight:g}, "
+        f"Guidance Start: {control.start:g}, Guidance End: {control.end:g}, Control Mode: {mode}"
+    )
 
 
 def _quoted(value: object) -> str:

@@ -20,9 +20,11 @@ def resolve(model: LatentDiffusion, request: GenerateRequest) -> GenerateRequest
     """The request with its size, schedule, seed and, where there is a picture to start from, strength filled in."""
     width = height = model.config.size
     strength = request.strength
-    if request.image is not None:
-        width, height = shape_like(read_picture(request.image).size, model.config.size)
-        strength = DEFAULT_STRENGTH if strength is None else strength
+    picture = request.image or next((control.image for control in request.controls), None)
+    if picture is not None:
+        width, height = shape_like(read_picture(picture).size, model.config.size)
+    if request.image is not None and strength is None:
+        strength = DEFAULT_STRENGTH
     suits = "trailing" if model.config.zero_terminal_snr else SAMPLERS[request.sampler].schedule
     drawn = request.seed is None or request.seed == -1
     return request.changed(
@@ -59,6 +61,8 @@ def conditions(
     for name, text in (("prompt", request.prompt), ("negative", request.negative)):
         if cut := model.words_cut(text):
             notes = (*notes, f"{name}: its last {cut} tokens do not fit into the text encoder and were left out")
+    if model.config.image is not None:
+        notes = (*notes, "this model varies pictures; it was given none, and draws from the text alone")
     return cond.with_(concat=channels), uncond, notes
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 import base64
 import difflib
 import hashlib
+import importlib.util
 import json
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from ldm.errors import LdmError
 
@@ -44,7 +47,7 @@ _STANDARD_ALPHABET = str.maketrans("-_", "+/")  # pydantic writes base64 as URLs
 
 
 def _bytes_of_base64(value: object) -> object:
-    """JSON has no bytes: base64 text, also as a `data:` URL, stands for them."""
+    """JSON has no bytes: base64 text, also as a `data:` URL, stands for them. No text is ever taken as a path."""
     if not isinstance(value, str):
         return value
     text = value.partition(",")[2] if value.startswith("data:") else value
@@ -54,11 +57,72 @@ def _bytes_of_base64(value: object) -> object:
         raise LdmError("image: found text that is not base64, expected the bytes of a picture") from None
 
 
+def _tuple(value: object) -> object:
+    """JSON has no tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+PictureBytes = Annotated[bytes, BeforeValidator(_bytes_of_base64), Field(description="a picture's bytes")]
+Share = Annotated[float, Field(ge=0, le=1, description="a number from 0 to 1")]
+
+
+class Control(BaseModel):
+    """A picture that a control network holds a request to; frozen.
+
+    network: its name: of those that the model was given by `with_controls`
+    image:   a PNG, JPEG or WebP file's bytes (or base64 text): what the network looks at, in its own language (edges,
+             a depth map, a pose ...), scaled and cut to the picture's size
+    weight:  0..2, how strongly it acts
+    start, end: the shares of the steps between which it acts
+    guess:   it acts on the prompt's side alone, less in the finer levels, so that it may guess what the picture shows
+             (Zhang et al. 2023, "guess mode"); wants a guidance of 3 to 5
+    canny:   `image` is any picture, and its edges (Canny 1986, thresholds 100 and 200) are what the network looks at
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", ser_json_bytes="base64")
+
+    network: Annotated[str, Field(min_length=1, max_length=255, description="the name of a control network")]
+    image: PictureBytes
+    weight: Annotated[float, Field(ge=0, le=2, description="a number from 0 to 2")] = 1.0
+    start: Share = 0.0
+    end: Share = 1.0
+    guess: bool = False
+    canny: bool = False
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_one_line(cls, data: Any, handler: Any) -> Any:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise LdmError(f"control: {_describe(error, cls.model_fields)}") from None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Control:
+        if self.start >= self.end:
+            raise LdmError(f"control: start: found {self.start:g}, expected less than end, {self.end:g}")
+        if self.canny and importlib.util.find_spec("cv2") is None:
+            raise LdmError("control: canny: needs OpenCV, which is not installed; pip install opencv-python-headless")
+        from ldm.pipeline.images import read_picture
+
+        try:
+            read_picture(self.image)
+        except LdmError as error:
+            raise LdmError(f"control: {error}") from None
+        return self
+
+    def record(self) -> dict[str, Any]:
+        """What a picture's metadata keeps: every field, with the hash of `image` in its place."""
+        digest = hashlib.sha256(self.image).hexdigest()
+        return self.model_dump(mode="json", exclude={"image"}) | {"image_sha256": digest}
+
+
 class GenerateRequest(BaseModel):
     """One request for pictures; frozen, and valid once it exists.
 
     prompt, negative: what is wanted and what is not
-    width, height:    in pixels; None: the model's own size, or for image-to-image the picture's shape at that size
+    width, height:    in pixels; None: the model's own size, in the shape of `image`, or of the first control's picture,
+                      where there is one
     steps:            of the sampler, 1..1000
     sampler:          a key of `ldm.samplers.SAMPLERS`
     schedule:         a key of `ldm.diffusion.sigmas.SCHEDULES`; None: what suits the sampler and the model
@@ -71,6 +135,7 @@ class GenerateRequest(BaseModel):
     strength:         0..1, the share of the steps that are run over `image`, rounded down; None: 0.75
     clip_skip:        the text layer that is looked at, counted from the last one, 1; None: as the model was trained
     empty_negative:   what an empty `negative` is: the encoded empty text, or zeros (as SDXL in diffusers)
+    controls:         pictures that the result is held to; several add up
 
     Anything out of range, of another type or of another name raises `LdmError`, in one line.
     """
@@ -95,6 +160,9 @@ class GenerateRequest(BaseModel):
     strength: Annotated[float | None, Field(gt=0, le=1, description="a number above 0, at most 1")] = None
     clip_skip: Annotated[int | None, Field(ge=1, le=32, description="a whole number from 1 to 32")] = None
     empty_negative: Literal["encoded", "zeros"] = "encoded"
+    controls: Annotated[
+        tuple[Control, ...], BeforeValidator(_tuple), Field(max_length=8, description="a list of at most 8 controls")
+    ] = ()
 
     @model_validator(mode="wrap")
     @classmethod
@@ -102,7 +170,7 @@ class GenerateRequest(BaseModel):
         try:
             return handler(data)
         except ValidationError as error:
-            raise LdmError(_describe(error)) from None
+            raise LdmError(_describe(error, cls.model_fields)) from None
 
     @model_validator(mode="after")
     def _fits_together(self) -> GenerateRequest:
@@ -148,8 +216,9 @@ class GenerateRequest(BaseModel):
         return GenerateRequest(**(dict(self) | fields))
 
     def record(self) -> dict[str, Any]:
-        """What a picture's metadata keeps: every field, with the hash of `image` in its place."""
-        kept = self.model_dump(mode="json", exclude={"image"})
+        """What a picture's metadata keeps: every field, with the hash of each picture in its place."""
+        kept = self.model_dump(mode="json", exclude={"image", "controls"})
+        kept["controls"] = tuple(control.record() for control in self.controls)
         if self.image is not None:
             kept["image_sha256"] = hashlib.sha256(self.image).hexdigest()
         return kept
@@ -192,42 +261,41 @@ def _no_constant(name: str) -> float:
     raise LdmError(f"request: found {name}, expected finite numbers")
 
 
-def _describe(error: ValidationError) -> str:
+Fields = Mapping[str, FieldInfo]
+
+
+def _describe(error: ValidationError, fields: Fields) -> str:
     """The first fault, in one line: the field, what was found, what was expected."""
     fault = error.errors()[0]
     name, found = str(fault["loc"][0]) if fault["loc"] else "request", fault["input"]
-    fields = GenerateRequest.model_fields
+    field = fields.get(name)
+    choices = _choices(field)
     if fault["type"] == "extra_forbidden":
         return f"{shown(name)}: no such field{_closest(name, list(fields))}; the fields are {', '.join(fields)}"
     if fault["type"] == "missing":
         return f"{name}: found none, expected {fields[name].description}"
     if fault["type"] == "literal_error":
-        return f"{name}: found {shown(found)}, expected one of {_choices(name)}{_closest(str(found), _names(name))}"
+        return f"{name}: found {shown(found)}, expected one of {', '.join(choices)}{_closest(str(found), choices)}"
     if fault["type"] == "string_too_long":
-        return f"{name}: found {len(found)} characters, expected {_expected(name)}; shorten it"
+        return f"{name}: found {len(found)} characters, expected {_expected(field)}; shorten it"
     if fault["type"] == "string_unicode":
-        return f"{name}: found characters that are not valid Unicode, expected {_expected(name)}"
+        return f"{name}: found characters that are not valid Unicode, expected {_expected(field)}"
     hint = f"; the nearest is {_nearest(found)}" if fault["type"] == "multiple_of" else ""
-    return f"{name}: found {shown(found)}, expected {_expected(name)}{hint}"
+    return f"{name}: found {shown(found)}, expected {_expected(field)}{hint}"
 
 
-def _expected(name: str) -> str:
+def _expected(field: FieldInfo | None) -> str:
     """The description of a field, which pydantic keeps where the annotation stood."""
-    field = GenerateRequest.model_fields.get(name)
     if field is None:
         return "a request"
-    return f"one of {_choices(name)}" if _names(name) else field.description or "another value"
+    return f"one of {', '.join(choices)}" if (choices := _choices(field)) else field.description or "another value"
 
 
-def _names(field: str) -> list[str]:
+def _choices(field: FieldInfo | None) -> list[str]:
     """The choices of a field that has choices."""
-    annotation = GenerateRequest.model_fields[field].annotation
+    annotation = None if field is None else field.annotation
     members = [annotation, *get_args(annotation)]
     return [name for member in members for name in get_args(member) if isinstance(name, str)]
-
-
-def _choices(field: str) -> str:
-    return ", ".join(_names(field))
 
 
 def _closest(name: str, names: list[str]) -> str:

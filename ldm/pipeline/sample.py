@@ -9,19 +9,22 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.consistency import consistency
+from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import guided
 from ldm.diffusion.noise import PerImageNoise, per_image_noise
 from ldm.diffusion.state import finish_state
 from ldm.errors import LdmError
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.pipeline.control import Controlled, idle, prepare_hints, told
 from ldm.pipeline.device import is_out_of_memory
+from ldm.pipeline.embeddings import used_in
 from ldm.pipeline.images import to_image
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.picture import Picture
@@ -75,12 +78,13 @@ def run(model: LatentDiffusion, job: Job) -> Iterator[Progress | Picture]:
     a decoded picture is not finite.
     """
     request = job.request
+    job, denoiser = _controlled(model, job)
     count, size = request.count, batch_size(request)
     first = 0
     while first < count:
         here = min(size, count - first)
         try:
-            for event in _batch(model, job, first, here):
+            for event in _batch(model, denoiser, job, first, here):
                 first += isinstance(event, Picture)
                 yield event
             continue
@@ -104,7 +108,21 @@ def batch_size(request: GenerateRequest) -> int:
     return max(1, min(MAX_BATCH, BATCH_PIXELS // (request.width * request.height)))
 
 
-def _batch(model: LatentDiffusion, job: Job, first: int, count: int) -> Iterator[Progress | Picture]:
+def _controlled(model: LatentDiffusion, job: Job) -> tuple[Job, Denoiser]:
+    """The job and what denoises, with the ControlNets that the request names, if any."""
+    denoiser = model.denoiser()
+    hints = prepare_hints(model, job.request, job.sigmas)
+    job = replace(job, notes=(*job.notes, *idle(job.request, job.sigmas)))
+    if not hints:
+        return job, denoiser
+    uncond = None if job.uncond is None else told(job.uncond, hints, wanted=False)
+    job = replace(job, cond=told(job.cond, hints, wanted=True), uncond=uncond)
+    return job, replace(denoiser, network=Controlled(denoiser.network, hints), dtype=model.dtype)
+
+
+def _batch(
+    model: LatentDiffusion, denoiser: Denoiser, job: Job, first: int, count: int
+) -> Iterator[Progress | Picture]:
     """Pictures first ... first + count - 1: picture i depends on seed + i and not on its batch."""
     begun = time.perf_counter()
     request = job.request
@@ -112,9 +130,11 @@ def _batch(model: LatentDiffusion, job: Job, first: int, count: int) -> Iterator
     seeds = range(request.seed + first, request.seed + first + count)
     noise = per_image_noise(model.latent_shape(request.width, request.height), seeds, device=model.device)
     uncond = None if job.uncond is None else job.uncond.repeat(count)
-    denoise = guided(model.denoiser(), job.cond.repeat(count), uncond, request.guidance, rescale=request.rescale)
+    denoise = guided(denoiser, job.cond.repeat(count), uncond, request.guidance, rescale=request.rescale)
     if request.sampler == "lcm":
         denoise = consistency(denoise, model.schedule)
+    used = used_in(model.embeddings, request.prompt, request.negative)
+    embeddings = tuple((embedding.name, embedding.hash) for embedding in used)
     steps = len(job.sigmas) - 1
     yield Progress(first, count, 0, steps)
     x = job.start(noise)
@@ -135,6 +155,8 @@ def _batch(model: LatentDiffusion, job: Job, first: int, count: int) -> Iterator
             dtype=str(model.dtype).removeprefix("torch."),
             notes=(*job.notes, *notes),
             seconds=share + time.perf_counter() - begun,
+            adapters=model.adapters,
+            embeddings=embeddings,
         )
 
 

@@ -18,12 +18,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 
 from ldm import __version__
 from ldm.apps.cli import main
 from ldm.apps.generate import _hash_in_background
-from ldm.models.presets import SystemConfig, sd2, small, tiny
+from ldm.models.presets import SystemConfig, sd1, sd2, small, tiny
 from ldm.pipeline.metadata import read_metadata
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +86,26 @@ def test_a_named_file(tiny_model, tmp_path, capsys):
     assert files(tmp_path) == ["out-2.png", "out.png"]
 
 
+def test_a_model_in_parts_found_by_name(tiny_file, tmp_path, monkeypatch, capsys):
+    """A file cut in two pickles: the picture is the same."""
+    monkeypatch.chdir(tmp_path)
+    tensors = load_file(tiny_file(tiny(sd1())))
+    save_file(tensors, "whole.safetensors")
+    shared = ["generate", "x", "--steps", "1", "--seed", "0"]
+    assert main([*shared, "--model", "whole.safetensors", "-o", "whole.png"]) == 0
+    for folder, own in (("checkpoints", False), ("vae", True)):
+        (tmp_path / "comfy/models" / folder).mkdir(parents=True)
+        part = {name: t for name, t in tensors.items() if name.startswith("first_stage_model.") == own}
+        torch.save(part, tmp_path / "comfy/models" / folder / "Mine.ckpt")
+    command = [*shared, "-o", "parts.png", "--models", "comfy", "--model", "mine"]
+    assert main([*command, "--vae", "mine"]) == 2
+    assert "--allow-pickle" in capsys.readouterr().err
+    assert main([*command, "--allow-pickle"]) == 2
+    assert "--vae FILE" in capsys.readouterr().err
+    assert main([*command, "--allow-pickle", "--vae", "mine"]) == 0
+    assert Image.open("parts.png").tobytes() == Image.open("whole.png").tobytes()
+
+
 def test_image_to_image(tiny_model, tmp_path, capsys):
     Image.effect_noise((96, 96), 80).convert("RGB").save("in.jpg")
     assert main(["img2img", "x", "--image", "in.jpg", "--strength", "0.5", "--steps", "4", "--seed", "0"]) == 0
@@ -115,7 +135,7 @@ def test_notes_are_said(tiny_model, capsys):
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
-    "no command": ([], "Expected one of {generate, img2img, info, sheet, train}"),
+    "no command": ([], "Expected one of {generate, img2img, info, convert, sheet, train}"),
     "unknown command": (["genrate"], "genrate; Available subcommands: generate, img2img"),
     "no prompt": (["generate"], 'prompt: found none, expected what to draw; try: ldm generate "a red apple"'),
     "unknown flag": (["generate", "x", "--sede", "3"], "--sede, 3; did you mean --seed?"),
@@ -241,9 +261,12 @@ def test_broken_models_are_refused_in_one_line(make, message, tiny_model, tmp_pa
 
 
 def test_a_folder_is_no_model(tiny_model, tmp_path, capsys):
-    for command in (["info", "."], ["generate", "x", "--model", "."]):
+    for command, message in (
+        (["info", "."], "holds no model files"),
+        (["generate", "x", "--model", "."], "is a folder"),
+    ):
         assert main(command) == 2
-        assert "is a folder" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert files(tmp_path) == []
 
 

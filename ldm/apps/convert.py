@@ -1,0 +1,251 @@
+"""`ldm convert`: a model in, the same model out, in another layout, precision or mixture."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm.apps.options import Convert
+from ldm.errors import LdmError
+from ldm.models.presets import SystemConfig
+from ldm.weights.adapters.apply import Use, plan
+from ldm.weights.adapters.read import read_adapter
+from ldm.weights.architecture import autoencoder_config, under, unet_config
+from ldm.weights.config_json import CONFIG_KEY, config_to_json
+from ldm.weights.detect import CHECKPOINT, detect, kind_of
+from ldm.weights.diffusers import DROPPED_METADATA
+from ldm.weights.diffusers_write import write_component, write_folder
+from ldm.weights.doctor.hashes import full_hashes
+from ldm.weights.find import locate, model_roots
+from ldm.weights.io import printable, read_header
+from ldm.weights.layout import FIRST_STAGE, UNET, build, compare, not_needed_as
+from ldm.weights.merge import EMA, add_difference, baked, extended, kept, weighted, with_ema, without_ema
+from ldm.weights.save import HASH, modelspec, write_stream
+from ldm.weights.source import Source, open_source, renamed_source, with_part
+
+DTYPES = {"same": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MARKS = "training marks"
+"""What tensors are called by `not_needed_as` that tell other programs how to use the model: they outlive pruning."""
+SHOWN = 40
+"""How many names of a kind are listed on the terminal; JSON has them all."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written. left_out: names that FILE has and OUT has not, by what they are."""
+
+    path: Path
+    layout: str
+    what: str
+    files: Mapping[str, str]
+    left_out: Mapping[str, tuple[str, ...]]
+    notes: tuple[str, ...] = ()
+
+
+def convert(command: Convert) -> None:
+    """Write the model and say what became of it. Raises LdmError where that cannot be done; then nothing is written."""
+    report = converted(command)
+    if command.json:
+        print(json.dumps({**vars(report), "path": str(report.path), "bytes": _size(report.path)}))
+        return
+    print(f"{printable(str(report.path))}: {report.layout}, {report.what}, {_size(report.path) / 1e6:,.1f} MB")
+    for name, digest in report.files.items():
+        print(f"  {printable(name)}: verified, numbers have SHA-256 {digest}")
+    for note in report.notes:
+        print(f"  note: {note}")
+    for kind, names in report.left_out.items():
+        print(f"  left out, {kind} ({len(names)}):")
+        print("\n".join(f"    {printable(name)}" for name in names[:SHOWN]))
+        if len(names) > SHOWN:
+            print(f"    and {len(names) - SHOWN} more, which --json lists")
+
+
+def converted(command: Convert) -> Written:
+    """Do it: a chain of sources, of which each tensor is computed when it is written."""
+    to = _layout(command)
+    whole = _opened(command.file, command)
+    source = whole
+    if command.vae is not None:
+        source = with_part(source, FIRST_STAGE, _opened(command.vae, command))
+    if kind_of(source.tensors) != CHECKPOINT:
+        return _convert_part(command, source, to)
+    source, metadata = _merged(command, _with_ema_choice(command, source))
+    detection = detect(source, None if command.prediction == "auto" else command.prediction)
+    config = detection.config
+    _check_fit(source, config)
+    if command.lora:
+        uses = [_use(text, command.allow_pickle) for text in command.lora]
+        source = baked(source, plan(config, source.shapes, uses))
+        metadata["modelspec.merged_from"] = ", ".join(
+            [metadata.get("modelspec.merged_from", _name(command.file)), *(use.adapter.name for use in uses)]
+        )
+    if command.prune:
+        source = kept(source, lambda name: not_needed_as(name) in (None, MARKS) and name.startswith(_networks(config)))
+    title = metadata.get("modelspec.title") or _name(command.output)
+    metadata |= modelspec(config, title)
+    if to == "diffusers":
+        left = write_folder(command.output, source, config, dtype=DTYPES[command.dtype], metadata=metadata)
+        gone = {*left, *(whole.tensors.keys() - source.tensors.keys())}
+    else:
+        source = _marked(source, config)
+        metadata[CONFIG_KEY] = config_to_json(config)
+        write_stream(command.output, source.tensors, source.read, metadata, DTYPES[command.dtype])
+        gone = whole.tensors.keys() - source.tensors.keys()
+    what = f"{config.family}, {detection.variant}, predicts {config.prediction} ({detection.prediction_rule})"
+    layout = "diffusers folder" if to == "diffusers" else "single file"
+    averaged = ("the U-Net's tensors are its EMA copies",) if command.ema == "use" else ()
+    return Written(
+        command.output, layout, what, _verify(command.output), _by_kind(gone), (*detection.warnings, *averaged)
+    )
+
+
+def _layout(command: Convert) -> str:
+    """What to write, once nothing is in the way."""
+    named = "single" if command.output.suffix == ".safetensors" else "diffusers"
+    to = named if command.to == "auto" else command.to
+    shown = printable(str(command.output))
+    if to == "single" and named != "single":
+        raise LdmError(f"{shown}: a single file's name must end in .safetensors")
+    if command.output.exists() or command.output.is_symlink():
+        raise LdmError(f"{shown}: exists already, and nothing is overwritten; give another name, or move it away")
+    if command.minus is not None and command.merge is None:
+        raise LdmError("--minus: expected --merge FILE too, the model whose difference is added")
+    if command.weight is not None and (command.merge is None or not math.isfinite(command.weight)):
+        raise LdmError("--weight: expected a finite number, with --merge FILE")
+    return to
+
+
+def _opened(path: Path, command: Convert) -> Source:
+    return open_source(locate("checkpoint", path, model_roots()), allow_pickle=command.allow_pickle)
+
+
+def _with_ema_choice(command: Convert, source: Source) -> Source:
+    if command.ema == "use":
+        return with_ema(source)
+    stale = command.prune or command.merge is not None or bool(command.lora)
+    return without_ema(source) if command.ema == "drop" or (command.ema == "auto" and stale) else source
+
+
+def _merged(command: Convert, source: Source) -> tuple[Source, dict[str, str]]:
+    """The mixture, and what its metadata keeps of the first file's."""
+    own = (CONFIG_KEY, *DROPPED_METADATA)
+    metadata = {key: value for key, value in source.metadata.items() if key not in own}
+    if command.merge is None:
+        return source, metadata
+    second = _opened(command.merge, command)
+    names = [_name(command.file), _name(command.merge)]
+    if command.minus is None:
+        source = weighted(source, second, 0.5 if command.weight is None else command.weight)
+    else:
+        minus = _opened(command.minus, command)
+        source = add_difference(source, second, minus, 1.0 if command.weight is None else command.weight)
+        names.append(_name(command.minus))
+    return source, metadata | {"modelspec.merged_from": ", ".join(names)}
+
+
+def _use(text: str, allow_pickle: bool) -> Use:
+    """FILE or FILE:WEIGHT."""
+    name, _, number = text.rpartition(":")
+    try:
+        weight = float(number) if name else math.nan
+    except ValueError:
+        weight = math.nan
+    path, weight = (text, 1.0) if math.isnan(weight) else (name, weight)
+    adapter = read_adapter(locate("lora", path, model_roots()), allow_pickle=allow_pickle)
+    return Use(adapter, weight, weight)
+
+
+def _check_fit(source: Source, config: SystemConfig) -> None:
+    """Raise LdmError where a network could not be filled, so that no broken model is written."""
+    comparison = compare(source.tensors, build(config))
+    if comparison.fits:
+        return
+    wrong = [f"{name} is missing" for name in comparison.missing] + list(comparison.misshapen)
+    wrong += [f"{name} belongs to no network" for name in comparison.unexpected]
+    raise LdmError(f"{printable(str(source.path))}: {len(wrong)} tensors do not fit, the first: {printable(wrong[0])}")
+
+
+def _networks(config: SystemConfig) -> tuple[str, ...]:
+    """The prefixes of all that pruning keeps."""
+    return (*build(config).by_prefix(), "v_pred", "ztsnr")
+
+
+def _marked(source: Source, config: SystemConfig) -> Source:
+    """SDXL models that predict v carry empty tensors that tell other programs so."""
+    if config.family != "sdxl" or config.prediction != "v":
+        return source
+    marks = ["v_pred", *(["ztsnr"] if config.zero_terminal_snr else [])]
+    return extended(source, {mark: torch.zeros(0) for mark in marks if mark not in source.tensors})
+
+
+def _convert_part(command: Convert, source: Source, to: str) -> Written:
+    """What is no whole checkpoint: a U-Net or an autoencoder alone, an adapter, an embedding."""
+    kind, dtype = kind_of(source.tensors), DTYPES[command.dtype]
+    asked = {"--merge": command.merge, "--lora": command.lora, "--ema": command.ema == "use", "--prune": command.prune}
+    if flag := next((flag for flag, value in asked.items() if value), None):
+        raise LdmError(f"{printable(str(command.file))}: is {kind}; {flag} needs a whole checkpoint")
+    prefix = next((p for p in (UNET, FIRST_STAGE) if all(name.startswith(p) for name in source.tensors)), None)
+    if to == "single":
+        bare = source if prefix is None else _bare(source, prefix)
+        metadata = {key: value for key, value in source.metadata.items() if key != HASH}
+        write_stream(command.output, bare.tensors, bare.read, metadata, dtype)
+        return Written(command.output, "single file", kind, _verify(command.output), {})
+    if prefix is None:
+        raise LdmError(f"{printable(str(command.file))}: is {kind}; diffusers folders are written of checkpoints only")
+    shapes, notes = under(source.shapes, prefix), ()
+    if prefix == UNET:
+        config: Any = unet_config(shapes)
+    else:
+        config, notes = _scaled(autoencoder_config(shapes), source)
+    left = write_component(command.output, source, prefix, config, dtype=dtype)
+    return Written(command.output, "diffusers folder", kind, _verify(command.output), _by_kind(left), notes)
+
+
+def _bare(source: Source, prefix: str) -> Source:
+    """Without the prefix, as other programs expect of a network alone."""
+    return renamed_source(source, {name.removeprefix(prefix): name for name in source.tensors})
+
+
+def _scaled(config: Any, source: Source) -> tuple[Any, tuple[str, ...]]:
+    """An autoencoder's config with its latents' scale, which stands in no tensor, and a word where it is a guess."""
+    if "scale_factor" in source.facts:
+        return replace(config, scale_factor=float(source.facts["scale_factor"])), ()
+    note = f"scaling_factor {config.scale_factor} is a guess, right for SD 1.x and 2.x; SDXL has 0.13025"
+    return config, (note,)
+
+
+def _verify(path: Path) -> dict[str, str]:
+    """Read what was written and compare its hash with what its header says: file -> hash of its numbers."""
+    found = {}
+    for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+        header = read_header(file)
+        digest = full_hashes(header).numbers
+        if header.metadata[HASH] != f"0x{digest}":
+            raise LdmError(f"{printable(str(file))}: reads back with other numbers than were written; check the disk")
+        found[str(file.relative_to(path)) if path.is_dir() else file.name] = digest
+    return found
+
+
+def _by_kind(names: Any) -> dict[str, tuple[str, ...]]:
+    kinds: dict[str, list[str]] = {}
+    for name in sorted(names):
+        kind = not_needed_as(name) or "no place for it"
+        kinds.setdefault("EMA copies" if name.startswith(EMA) else kind, []).append(name)
+    return {kind: tuple(names) for kind, names in kinds.items()}
+
+
+def _name(path: Path) -> str:
+    """What a model is called in metadata."""
+    return path.stem if path.suffix == ".safetensors" else path.name
+
+
+def _size(path: Path) -> int:
+    return (
+        sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
+    )
