@@ -86,7 +86,7 @@ def converted(command: Convert) -> Written:
             [metadata.get("modelspec.merged_from", _name(command.file)), *(use.adapter.name for use in uses)]
         )
     if command.prune:
-        source = kept(source, lambda name: not_needed_as(name) in (None, MARKS) and name.startswith(_networks(config)))
+        source = _pruned(source, config)
     title = metadata.get("modelspec.title") or _name(command.output)
     metadata |= modelspec(config, title)
     if to == "diffusers":
@@ -171,9 +171,15 @@ def _check_fit(source: Source, config: SystemConfig) -> None:
     raise LdmError(f"{printable(str(source.path))}: {len(wrong)} tensors do not fit, the first: {printable(wrong[0])}")
 
 
-def _networks(config: SystemConfig) -> tuple[str, ...]:
-    """The prefixes of all that pruning keeps."""
-    return (*build(config).by_prefix(), "v_pred", "ztsnr")
+def _pruned(source: Source, config: SystemConfig) -> Source:
+    """What networks need, marks for other programs, and EMA copies that are still there since they were asked for."""
+    networks = tuple(build(config).by_prefix())
+
+    def is_wanted(name: str) -> bool:
+        kind = not_needed_as(name)
+        return kind == MARKS or name.startswith(EMA) or (kind is None and name.startswith(networks))
+
+    return kept(source, is_wanted)
 
 
 def _marked(source: Source, config: SystemConfig) -> Source:

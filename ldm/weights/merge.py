@@ -107,7 +107,8 @@ def _blended(first: Source, others: Sequence[Source], blend: Callable[..., None]
     """Networks' tensors that all sources have, blended in float32, in the dtype of `first`; its others as they are.
 
     blend: changes a copy of the first's tensor, given the others'. Where the first has more input channels, as
-    inpainting models have, those that the others lack stay as they are. Raises LdmError where tensors of the same name have other shapes, or nothing is shared.
+    inpainting models have, those that the others lack stay as they are. Raises LdmError where tensors of the same name
+    have other shapes, or nothing is shared.
     """
     shared = {
         name
