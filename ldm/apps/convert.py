@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 
 import torch
 
+from ldm.apps.adapters import read_adapters
 from ldm.apps.options import Convert
 from ldm.errors import LdmError
 from ldm.models.presets import SystemConfig
 from ldm.weights.adapters.apply import Use, plan
-from ldm.weights.adapters.read import read_adapter
 from ldm.weights.architecture import autoencoder_config, under, unet_config
 from ldm.weights.config_json import CONFIG_KEY, config_to_json
 from ldm.weights.detect import CHECKPOINT, detect, kind_of
@@ -80,7 +79,7 @@ def converted(command: Convert) -> Written:
     config = detection.config
     _check_fit(source, config)
     if command.lora:
-        uses = [_use(text, command.allow_pickle) for text in command.lora]
+        uses = [Use(*choice) for choice in read_adapters(command.lora, allow_pickle=command.allow_pickle)]
         source = baked(source, plan(config, source.shapes, uses))
         metadata["modelspec.merged_from"] = ", ".join(
             [metadata.get("modelspec.merged_from", _name(command.file)), *(use.adapter.name for use in uses)]
@@ -147,18 +146,6 @@ def _merged(command: Convert, source: Source) -> tuple[Source, dict[str, str]]:
         source = add_difference(source, second, minus, 1.0 if command.weight is None else command.weight)
         names.append(_name(command.minus))
     return source, metadata | {"modelspec.merged_from": ", ".join(names)}
-
-
-def _use(text: str, allow_pickle: bool) -> Use:
-    """FILE or FILE:WEIGHT."""
-    name, _, number = text.rpartition(":")
-    try:
-        weight = float(number) if name else math.nan
-    except ValueError:
-        weight = math.nan
-    path, weight = (text, 1.0) if math.isnan(weight) else (name, weight)
-    adapter = read_adapter(locate("lora", path, model_roots()), allow_pickle=allow_pickle)
-    return Use(adapter, weight, weight)
 
 
 def _check_fit(source: Source, config: SystemConfig) -> None:

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -74,6 +75,11 @@ class SystemConfig:
     sizes_in_vector: int = 0
     image: ImageUse | None = None
 
+
+TEXT_WIDTHS: Mapping[int, str] = {
+    768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL", 1280: "the SDXL refiner", 192: "the model that ships with ldm",
+}  # fmt: skip
+"""Families in words, by the width of all their text states together: what tells whom a small file was made for."""
 
 CLIP_L = TextConfig(width=768, layers=12, heads=12)
 OPENCLIP_H = TextConfig(1024, 24, 16, projection=1024, names="open_clip", activation="gelu")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.models.presets import SystemConfig
+from ldm.models.presets import TEXT_WIDTHS, SystemConfig
 from ldm.models.tokenizer import split_at_names
-from ldm.weights.embeddings import FAMILIES, Embedding
+from ldm.weights.embeddings import Embedding
 from ldm.weights.io import printable
 
 
@@ -32,7 +32,9 @@ def fitted(embeddings: Iterable[Embedding], config: SystemConfig) -> tuple[Embed
         if config.family == "sdxl-refiner" and len(embedding.vectors) == 2:
             embedding = replace(embedding, vectors=embedding.vectors[1:])  # it has the second tower of SDXL
         if embedding.widths != widths:
-            wanted = f"{FAMILIES.get(widths, config.family)} (text {' and '.join(map(str, widths)) or 'none'} wide)"
+            wanted = (
+                f"{TEXT_WIDTHS.get(sum(widths), config.family)} (text {' and '.join(map(str, widths)) or 'none'} wide)"
+            )
             raise LdmError(f"{shown}: is for {embedding.made_for}, this model is {wanted}; use one made for that")
         fit[key] = embedding
     return tuple(fit.values())

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ldm.errors import LdmError
 from ldm.models.controlnet import ControlNet, ControlNetConfig
+from ldm.models.presets import TEXT_WIDTHS
 from ldm.models.unet import UNet, UNetConfig
 from ldm.weights.architecture import Shapes, unet_config
 from ldm.weights.io import printable
@@ -23,9 +24,6 @@ from ldm.weights.rename import controlnet_prefixes_of, renamed
 from ldm.weights.source import Source, open_source, read_json, renamed_source
 
 PREFIX = "control_model."
-FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 1280: "the SDXL refiner", 2048: "SDXL"}
-"""What is known by the width of the text that it takes."""
-
 DIFFERENCE = "difference"
 """The tensor of a file whose weights are to be added to those of the base's U-Net."""
 
@@ -105,7 +103,7 @@ def made_for(unet: UNetConfig) -> str:
     if unet.context_width is None:
         return "a U-Net without text"
     text = f"text {unet.context_width} wide"
-    family = FAMILIES.get(unet.context_width)
+    family = TEXT_WIDTHS.get(unet.context_width)
     return f"{family} ({text})" if family else f"a U-Net with {text}"
 
 

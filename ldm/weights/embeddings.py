@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import LdmError
+from ldm.models.presets import TEXT_WIDTHS
 from ldm.weights.embedding_pictures import PICTURES, read_embedding_picture
 from ldm.weights.io import printable
 from ldm.weights.save import IMPLEMENTATION, write_tensors
@@ -37,16 +38,11 @@ MAX_VECTORS = 75
 OUTPUTS = ("emp_params_out", "clip_l_out", "clip_g_out")
 """OneTrainer's vectors that are added behind the text tower; no other program uses them, nor do we."""
 
-FAMILIES: Mapping[tuple[int, ...], str] = {
-    (768,): "SD 1.x", (1024,): "SD 2.x", (768, 1280): "SDXL", (1280,): "the SDXL refiner",
-}  # fmt: skip
-"""The published families by the widths of their text towers."""
-
 ARCHITECTURES: Mapping[tuple[int, ...], str] = {
     (768,): "stable-diffusion-v1", (1024,): "stable-diffusion-v2-512", (768, 1280): "stable-diffusion-xl-v1-base",
     (1280,): "stable-diffusion-xl-v1-refiner",
 }  # fmt: skip
-"""ModelSpec's names of the same."""
+"""ModelSpec's names of the published families, by the widths of their text towers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +77,7 @@ class Embedding:
     def made_for(self) -> str:
         """The family it fits, in words."""
         widths = " and ".join(map(str, self.widths))
-        return f"{FAMILIES.get(self.widths, 'a model')} (text {widths} wide)"
+        return f"{TEXT_WIDTHS.get(sum(self.widths), 'a model')} (text {widths} wide)"
 
 
 def read_embedding(path: str | Path, *, allow_pickle: bool = False) -> Embedding:

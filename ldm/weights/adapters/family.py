@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from ldm.models.presets import TEXT_WIDTHS
 from ldm.weights.adapters.kinds import size_of
 from ldm.weights.adapters.names import spelled
 from ldm.weights.adapters.read import Adapter
 from ldm.weights.io import printable
-
-CONTEXT_WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL", 1280: "the SDXL refiner"}
-"""Width of the text states that cross-attention reads -> the family whose width it is."""
 
 ARCHITECTURES = {
     "stable-diffusion-v1": "SD 1.x", "stable-diffusion-v2": "SD 2.x", "stable-diffusion-xl": "SDXL",
@@ -25,7 +23,7 @@ def meant_for(adapter: Adapter) -> str | None:
     names = {spelled(module): part for module, part in adapter.parts.items()}
     for name, part in names.items():
         if name.endswith(("attn2_to_k", "attn2_to_v")) and part.weight and (size := size_of(part.weight)):
-            family = CONTEXT_WIDTHS.get(size[1], "a model that is not known")
+            family = TEXT_WIDTHS.get(size[1], "a model that is not known")
             return f"{family} (its text states are {size[1]} wide)"
     for key in ("modelspec.architecture", "ss_base_model_version"):
         if said := adapter.metadata.get(key):

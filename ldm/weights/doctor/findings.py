@@ -11,11 +11,10 @@ import torch
 from ldm.errors import LdmError
 from ldm.models import presets
 from ldm.models.controlnet import ControlNet
-from ldm.models.presets import SystemConfig
+from ldm.models.presets import TEXT_WIDTHS, SystemConfig
 from ldm.weights.architecture import autoencoder_config, clip_config, open_clip_config, under, unet_config
 from ldm.weights.config_json import CONFIG_KEY
 from ldm.weights.controlnet import DIFFERENCE, control_config, control_source, made_for
-from ldm.weights.controlnet import FAMILIES as FAMILY_WORDS
 from ldm.weights.detect import CHECKPOINT, FAMILIES, Detection, detect
 from ldm.weights.doctor.adapter import adapter_facts
 from ldm.weights.doctor.kinds import ADAPTER, CONTROLNET, EMBEDDING
@@ -25,9 +24,9 @@ from ldm.weights.io import printable
 from ldm.weights.layout import CLIP, FIRST_STAGE, TEXT, UNET, Comparison, Networks, build, compare, compare_networks
 from ldm.weights.source import Source
 
-FAMILY_IDS = {"SD 1.x": "sd1", "SD 2.x": "sd2", "SDXL": "sdxl", "the SDXL refiner": "sdxl-refiner"}
-WIDTHS = {width: FAMILY_IDS[words] for width, words in FAMILY_WORDS.items()}
+WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl", 1280: "sdxl-refiner", 192: "ldm"}
 """Width of the text that cross-attention reads -> family."""
+FAMILY_IDS = {TEXT_WIDTHS[width]: family for width, family in WIDTHS.items()}
 
 TOWERS = {768: "CLIP-L (SD 1.x, and the first of SDXL)", 1024: "OpenCLIP ViT-H (SD 2.x)",
           1280: "OpenCLIP bigG (SDXL's second, the refiner's only)"}  # fmt: skip
