@@ -83,7 +83,7 @@ SMALL = {
         evaluate_every=2000,
     ),
 }
-"""For two CPU cores: about twenty minutes, ten minutes and an hour. More steps give better pictures."""
+"""For two CPU cores that do nothing else: about twenty minutes, ten minutes and six hours."""
 
 GPU = {
     "autoencoder": LoopConfig(
