@@ -8,9 +8,9 @@ from ldm.apps.options import Controls
 from ldm.errors import LdmError
 from ldm.pipeline.files import read_file
 from ldm.pipeline.request import Control
+from ldm.weights.find import without_suffix
 
 MAX_PICTURE_FILE = 20 * 2**20
-SUFFIXES = (".safetensors", ".index.json", ".ckpt", ".pt", ".pth", ".bin")
 
 
 def control_files(controls: Controls) -> dict[str, str]:
@@ -25,8 +25,7 @@ def control_files(controls: Controls) -> dict[str, str]:
 def control_name(given: str) -> str:
     """A file's name without its suffix."""
     name = Path(given).name or given
-    suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
-    return name[: len(name) - len(suffix)] or name
+    return without_suffix(name) or name
 
 
 def controls_of(given: Controls) -> tuple[Control, ...]:

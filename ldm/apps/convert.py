@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,38 @@ from ldm.apps.adapters import read_adapters
 from ldm.apps.options import Convert
 from ldm.errors import LdmError
 from ldm.models.presets import SystemConfig
+from ldm.pipeline.load import PREFIXES, PartKind
 from ldm.weights.adapters.apply import Use, plan
 from ldm.weights.architecture import autoencoder_config, under, unet_config
-from ldm.weights.config_json import CONFIG_KEY, config_to_json
+from ldm.weights.config_json import CONFIG_KEY, config_from_json, config_to_json
 from ldm.weights.detect import CHECKPOINT, detect, kind_of
 from ldm.weights.diffusers import DROPPED_METADATA
 from ldm.weights.diffusers_write import write_component, write_folder
-from ldm.weights.doctor.hashes import full_hashes
-from ldm.weights.find import locate, model_roots
-from ldm.weights.io import printable, read_header
+from ldm.weights.find import Kind, locate, model_roots
+from ldm.weights.hashes import full_hashes
+from ldm.weights.io import PICKLE_SUFFIXES, printable, read_header
 from ldm.weights.layout import FIRST_STAGE, UNET, build, compare, not_needed_as
-from ldm.weights.merge import EMA, add_difference, baked, extended, kept, weighted, with_ema, without_ema
-from ldm.weights.save import HASH, modelspec, write_stream
+from ldm.weights.merge import (
+    EMA,
+    FIRST_CONVOLUTION,
+    add_difference,
+    baked,
+    extended,
+    kept,
+    unpaired,
+    weighted,
+    with_ema,
+    without_ema,
+)
+from ldm.weights.prediction import Decision, decide
+from ldm.weights.save import HASH, HASHES, modelspec, write_stream
 from ldm.weights.source import Source, open_source, renamed_source, with_part
 
 DTYPES = {"same": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MARKS = "training marks"
 """What tensors are called by `not_needed_as` that tell other programs how to use the model: they outlive pruning."""
+SCALE_KEY = "ldm.scale_factor"
+"""The metadata key of an autoencoder alone for its latents' scale, which stands in no tensor."""
 SHOWN = 40
 """How many names of a kind are listed on the terminal; JSON has them all."""
 
@@ -69,18 +84,22 @@ def convert(command: Convert) -> None:
 def converted(command: Convert) -> Written:
     """Do it: a chain of sources, of which each tensor is computed when it is written."""
     to = _layout(command)
-    whole = _opened(command.file, command)
-    source = whole
-    if command.vae is not None:
-        source = with_part(source, FIRST_STAGE, _opened(command.vae, command))
+    whole, parts = _opened(command, "checkpoint", command.file), _parts(command)
+    source = _with_parts(whole, parts)
     if kind_of(source.tensors) != CHECKPOINT:
         return _convert_part(command, source, to)
-    source, metadata = _merged(command, _with_ema_choice(command, source))
+    own = (CONFIG_KEY, SCALE_KEY, *DROPPED_METADATA)
+    metadata, notes = {key: value for key, value in source.metadata.items() if key not in own}, []
+    source = _with_ema_choice(command, whole)
+    if command.merge is not None:
+        source, metadata["modelspec.merged_from"], notes = _merged(command, source, command.merge, parts)
+    source = _with_parts(source, parts)  # whole, as they are asked for: a merge leaves them alone
     detection = detect(source, None if command.prediction == "auto" else command.prediction)
     config = detection.config
     _check_fit(source, config)
     if command.lora:
-        uses = [Use(*choice) for choice in read_adapters(command.lora, allow_pickle=command.allow_pickle)]
+        adapters = read_adapters(command.lora, command.models, allow_pickle=command.allow_pickle)
+        uses = [Use(*choice) for choice in adapters]
         source = baked(source, plan(config, source.shapes, uses))
         metadata["modelspec.merged_from"] = ", ".join(
             [metadata.get("modelspec.merged_from", _name(command.file)), *(use.adapter.name for use in uses)]
@@ -100,18 +119,18 @@ def converted(command: Convert) -> Written:
     what = f"{config.family}, {detection.variant}, predicts {config.prediction} ({detection.prediction_rule})"
     layout = "diffusers folder" if to == "diffusers" else "single file"
     averaged = ("the U-Net's tensors are its EMA copies",) if command.ema == "use" else ()
-    return Written(
-        command.output, layout, what, _verify(command.output), _by_kind(gone), (*detection.warnings, *averaged)
-    )
+    notes = (*detection.warnings, *averaged, *notes)
+    return Written(command.output, layout, what, _verify(command.output), _by_kind(gone), notes)
 
 
 def _layout(command: Convert) -> str:
     """What to write, once nothing is in the way."""
-    named = "single" if command.output.suffix == ".safetensors" else "diffusers"
+    suffix = command.output.suffix.lower()
+    named = "single" if suffix == ".safetensors" else "diffusers"
     to = named if command.to == "auto" else command.to
     shown = printable(str(command.output))
-    if to == "single" and named != "single":
-        raise LdmError(f"{shown}: a single file's name must end in .safetensors")
+    if suffix in PICKLE_SUFFIXES or (to == "single" and named != "single"):
+        raise LdmError(f"{shown}: a single file's name must end in .safetensors; no other kind of file is written")
     if command.output.exists() or command.output.is_symlink():
         raise LdmError(f"{shown}: exists already, and nothing is overwritten; give another name, or move it away")
     if command.minus is not None and command.merge is None:
@@ -121,32 +140,88 @@ def _layout(command: Convert) -> str:
     return to
 
 
-def _opened(path: Path, command: Convert) -> Source:
-    return open_source(locate("checkpoint", path, model_roots()), allow_pickle=command.allow_pickle)
+def _opened(command: Convert, kind: Kind, given: str | Path) -> Source:
+    """A file that is named by its path or its name, with the scale that we write into an autoencoder's own file."""
+    path = locate(kind, given, model_roots(command.models or None))
+    source = open_source(path, allow_pickle=command.allow_pickle)
+    return replace(source, facts=_told_scale(source.metadata) | dict(source.facts))
+
+
+def _told_scale(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The scale as a fact, where the metadata have one that can be: a number above zero."""
+    try:
+        scale = float(metadata[SCALE_KEY])
+    except (KeyError, ValueError):
+        return {}
+    return {"scale_factor": str(scale)} if 0 < scale < math.inf else {}
+
+
+def _parts(command: Convert) -> list[tuple[str, Source]]:
+    """The parts to put in: the prefix of each, and where it comes from."""
+    given: list[tuple[PartKind, str | None]] = [("unet", command.unet), ("vae", command.vae)]
+    given.extend(("text encoder", tower) for tower in command.text_encoder)
+    return [(PREFIXES[kind], _opened(command, kind, path)) for kind, path in given if path is not None]
+
+
+def _with_parts(source: Source, parts: Iterable[tuple[str, Source]]) -> Source:
+    for prefix, part in parts:
+        source = with_part(source, prefix, part)
+    return source
 
 
 def _with_ema_choice(command: Convert, source: Source) -> Source:
     if command.ema == "use":
         return with_ema(source)
-    stale = command.prune or command.merge is not None or bool(command.lora)
+    stale = command.prune or command.merge is not None or command.unet is not None or bool(command.lora)
     return without_ema(source) if command.ema == "drop" or (command.ema == "auto" and stale) else source
 
 
-def _merged(command: Convert, source: Source) -> tuple[Source, dict[str, str]]:
-    """The mixture, and what its metadata keeps of the first file's."""
-    own = (CONFIG_KEY, *DROPPED_METADATA)
-    metadata = {key: value for key, value in source.metadata.items() if key not in own}
-    if command.merge is None:
-        return source, metadata
-    second = _opened(command.merge, command)
-    names = [_name(command.file), _name(command.merge)]
+def _merged(
+    command: Convert, first: Source, merge: Path, parts: list[tuple[str, Source]]
+) -> tuple[Source, str, list[str]]:
+    """The mixture, the names of what is in it, and a word on tensors that are in one file alone."""
+    given = [merge] if command.minus is None else [merge, command.minus]
+    others = [_opened(command, "checkpoint", path) for path in given]
     if command.minus is None:
-        source = weighted(source, second, 0.5 if command.weight is None else command.weight)
+        source = weighted(first, others[0], 0.5 if command.weight is None else command.weight)
     else:
-        minus = _opened(command.minus, command)
-        source = add_difference(source, second, minus, 1.0 if command.weight is None else command.weight)
-        names.append(_name(command.minus))
-    return source, metadata | {"modelspec.merged_from": ", ".join(names)}
+        source = add_difference(first, others[0], others[1], 1.0 if command.weight is None else command.weight)
+    if command.prediction == "auto" and command.unet is None:
+        _check_predictions(_with_parts(first, parts), others)
+    notes = []
+    for path, other in zip(given, others, strict=True):
+        if left := unpaired(other, first):
+            notes.append(f"{_told(path)}: {len(left)} tensors are left out, for {_told(command.file)} has none of them")
+        if alone := unpaired(first, other):
+            notes.append(f"{_told(path)}: lacks {len(alone)} tensors, which stay as {_told(command.file)} has them")
+    return source, ", ".join(map(_name, (command.file, *given))), notes
+
+
+def _check_predictions(first: Source, others: Iterable[Source]) -> None:
+    """Raise LdmError where the U-Nets predict different things: a mixture of them predicts nothing."""
+    detection = detect(first)
+    ours = detection.config.prediction
+    for other in others:
+        theirs = _decision(other, detection.config)
+        if theirs is not None and theirs.prediction != ours:
+            raise LdmError(
+                f"{_told(first.path)} predicts {ours} ({detection.prediction_rule}), {_told(other.path)} predicts "
+                f"{theirs.prediction} ({theirs.rule}): merge models that predict the same, or give --prediction"
+            )
+
+
+def _decision(source: Source, like: SystemConfig) -> Decision | None:
+    """What the U-Net of a file predicts, which may hold no more of a system like this one."""
+    if CONFIG_KEY in source.metadata:
+        return Decision(config_from_json(source.metadata[CONFIG_KEY]).prediction, f"its own {CONFIG_KEY}")
+    if FIRST_CONVOLUTION not in source.tensors:
+        return None
+    channels = source.tensors[FIRST_CONVOLUTION].shape[1]  # the one thing in which models that are merged may differ
+    return decide(source, replace(like, unet=replace(like.unet, in_channels=channels)))
+
+
+def _told(path: Path) -> str:
+    return printable(str(path))
 
 
 def _check_fit(source: Source, config: SystemConfig) -> None:
@@ -187,7 +262,9 @@ def _convert_part(command: Convert, source: Source, to: str) -> Written:
     prefix = next((p for p in (UNET, FIRST_STAGE) if all(name.startswith(p) for name in source.tensors)), None)
     if to == "single":
         bare = source if prefix is None else _bare(source, prefix)
-        metadata = {key: value for key, value in source.metadata.items() if key != HASH}
+        metadata = {key: value for key, value in source.metadata.items() if key not in HASHES}
+        if prefix == FIRST_STAGE and "scale_factor" in source.facts:
+            metadata[SCALE_KEY] = source.facts["scale_factor"]
         write_stream(command.output, bare.tensors, bare.read, metadata, dtype)
         return Written(command.output, "single file", kind, _verify(command.output), {})
     if prefix is None:
@@ -236,7 +313,7 @@ def _by_kind(names: Any) -> dict[str, tuple[str, ...]]:
 
 def _name(path: Path) -> str:
     """What a model is called in metadata."""
-    return path.stem if path.suffix == ".safetensors" else path.name
+    return path.stem if path.suffix.lower() == ".safetensors" else path.name
 
 
 def _size(path: Path) -> int:

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from ldm.weights.config_json import CONFIG_KEY
 from ldm.weights.doctor.adapter import AdapterFacts
-from ldm.weights.doctor.hashes import MODELSPEC_HASH
 from ldm.weights.doctor.report import FileReport, FolderEntry, Hashes, Numbers, System
+from ldm.weights.hashes import MODELSPEC_HASH
 from ldm.weights.io import printable
 from ldm.weights.layout import Comparison
 

@@ -180,8 +180,12 @@ class Convert:
     """Leave out what no network needs."""
     prediction: Literal["auto", "eps", "v"] = "auto"
     """What the U-Net says, where the file says nothing or is wrong."""
-    vae: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
-    """An autoencoder to put in instead of the model's own."""
+    vae: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """An autoencoder to put in instead of the model's own, or of the mixture's."""
+    unet: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A U-Net to put in, likewise."""
+    text_encoder: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE", help_behavior_hint="")] = ()
+    """A text encoder to put in, likewise; SDXL has two, so it may be given twice."""
     lora: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE[:W]", help_behavior_hint="")] = ()
     """A LoRA or another adapter to bake in, with its weight, by default 1. May be given more than once."""
     merge: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
@@ -190,6 +194,9 @@ class Convert:
     """With --merge, add a difference instead: the first + weight * (the merged one - this)."""
     weight: Annotated[float | None, arg(metavar="X", help_behavior_hint="")] = None
     """Of --merge; by default 0.5, and 1 with --minus."""
+    models: Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="DIR", help_behavior_hint="")] = ()
+    """A folder in which files are looked for by name. May be given more than once; by default the folders that
+    LDM_MODELS lists."""
     allow_pickle: bool = False
     """Read .ckpt, .pt and .bin too, with a reader that runs nothing that is in them."""
     json: bool = False

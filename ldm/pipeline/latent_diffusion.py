@@ -29,7 +29,7 @@ from ldm.models.unet import UNet
 from ldm.pipeline.adapters import AdapterChoice, AppliedAdapter, with_adapters
 from ldm.pipeline.embeddings import fitted, words_of
 from ldm.pipeline.images import picture_bytes
-from ldm.pipeline.picture import Picture
+from ldm.pipeline.picture import OtherPart, Picture
 from ldm.pipeline.request import GenerateRequest
 from ldm.pipeline.unclip import image_vector
 from ldm.types import Conditioning
@@ -49,12 +49,13 @@ WANTED_SCORE, UNWANTED_SCORE = 6.0, 2.5
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a system came from: the file (None: made in memory), a line for each thing found out about it, and what a
-    user should be told unasked."""
+    """Where a system came from: the file (None: made in memory), a line for each thing found out about it, what a user
+    should be told unasked, and the parts that were taken from other files."""
 
     path: Path | None = None
     rules: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    parts: tuple[OtherPart, ...] = ()
 
     @property
     def name(self) -> str | None:
@@ -126,7 +127,8 @@ class LatentDiffusion:
         ControlNet or is made for another model. allow_pickle, models: as of `load`.
         """
         roots = model_roots(models)
-        read = partial(read_control, base=self.unet, device=self.device, dtype=self.dtype, allow_pickle=allow_pickle)
+        base = self.with_adapters(()).unet  # or differences would keep what an adapter added
+        read = partial(read_control, base=base, device=self.device, dtype=self.dtype, allow_pickle=allow_pickle)
         return replace(
             self, controls={name: read(locate("controlnet", path, roots)) for name, path in controls.items()}
         )

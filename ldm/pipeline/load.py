@@ -22,6 +22,7 @@ from ldm.models.unet import UNet
 from ldm.pipeline.device import Precision, check_dtype, choose_device, choose_precision
 from ldm.pipeline.files import reason
 from ldm.pipeline.latent_diffusion import LatentDiffusion, Origin
+from ldm.pipeline.picture import OtherPart
 from ldm.types import Conditioning
 from ldm.weights.detect import Detection, detect
 from ldm.weights.find import locate, model_roots
@@ -76,10 +77,12 @@ def load(
     check_dtype(dtype, place)
     path, roots = shipped_model() if path is None else path, model_roots(models)
     source, rules = open_source(locate("checkpoint", path, roots), allow_pickle=allow_pickle), []
+    others: list[OtherPart] = []
     for kind, given in _parts(unet, vae, text_encoder):
         part = open_source(locate(kind, given, roots), allow_pickle=allow_pickle)
         source = with_part(source, PREFIXES[kind], part)
         rules.append(f"{kind}: from {printable(str(part.path))}")
+        others.append(OtherPart(kind, part.path))
     detection = detect(source, None if prediction == "probe" else prediction)
     config = detection.config
     if config.schedule not in NOISE_SCHEDULES:
@@ -108,6 +111,7 @@ def load(
             path=source.path,
             rules=(*describe(detection), *rules, f"device: {place} ({precision})"),
             warnings=warnings_of(detection, comparison),
+            parts=tuple(others),
         ),
     )
 

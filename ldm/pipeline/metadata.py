@@ -23,8 +23,8 @@ from ldm.pipeline.request import GenerateRequest
 class Metadata:
     """What was read from a picture: other programs' text, and our record, each None where there is none.
 
-    record: {"version", "request", "model", "model_hash", "dtype", "notes", "adapters"}; its request as
-    `GenerateRequest.record`.
+    record: {"version", "request", "model", "model_hash", "parts", "dtype", "notes", "adapters", "embeddings"}; its
+    request as `GenerateRequest.record`.
     """
 
     parameters: str | None

@@ -5,10 +5,12 @@ Other programs read the first, `ldm.pipeline.metadata` the second.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
@@ -35,6 +37,28 @@ SCHEDULE_TITLES = {
 
 
 @dataclass(frozen=True)
+class OtherPart:
+    """A part of a model that was taken from a file of its own. kind: "unet", "vae" or "text encoder"."""
+
+    kind: str
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The file's name, or the folder's."""
+        return self.path.name
+
+    @cached_property
+    def hash(self) -> str | None:
+        """10 digits of the file's SHA-256, as other programs show them; None of a folder, or a file that is gone."""
+        try:
+            with self.path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()[:10]
+        except OSError:
+            return None
+
+
+@dataclass(frozen=True)
 class Picture:
     """One picture and all that it takes to make it again.
 
@@ -46,6 +70,7 @@ class Picture:
     seconds: its share of the time that denoising and decoding took
     adapters: those of the model
     embeddings: (name, SHA-256 of the file) of those that the prompts name
+    parts: those of the model that are not its own file's
     """
 
     image: Image.Image
@@ -58,6 +83,7 @@ class Picture:
     seconds: float
     adapters: tuple[AppliedAdapter, ...] = ()
     embeddings: tuple[tuple[str, str], ...] = ()
+    parts: tuple[OtherPart, ...] = ()
 
     def save(self, path: str | Path, *, model_hash: str | None = None) -> Path:
         """Write a PNG with all metadata at `path`, or at path-2, path-3 ... where that is taken. Returns the path.
@@ -79,6 +105,7 @@ def png_text(picture: Picture, model_hash: str | None = None) -> PngImagePlugin.
         "request": picture.request.record(),
         "model": picture.model,
         "model_hash": model_hash,
+        "parts": [{"kind": part.kind, "name": part.name, "hash": part.hash} for part in picture.parts],
         "dtype": picture.dtype,
         "notes": list(picture.notes),
         "adapters": [asdict(adapter) for adapter in picture.adapters],
@@ -103,6 +130,8 @@ def parameters_text(picture: Picture, model_hash: str | None = None) -> str:
         settings["Model hash"] = model_hash[:10]
     if picture.model is not None:
         settings["Model"] = picture.model
+    if vae := next((part for part in picture.parts if part.kind == "vae"), None):
+        settings |= {"VAE hash": vae.hash, "VAE": vae.name} if vae.hash else {"VAE": vae.name}
     if request.image is not None:
         settings["Denoising strength"] = f"{request.strength:g}"
     if request.clip_skip is not None and request.clip_skip > 1:

@@ -157,6 +157,7 @@ def _batch(
             seconds=share + time.perf_counter() - begun,
             adapters=model.adapters,
             embeddings=embeddings,
+            parts=model.origin.parts,
         )
 
 

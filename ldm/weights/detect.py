@@ -46,7 +46,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("U-Net alone", r"^input_blocks\.0\.0\.weight$"),
     ("autoencoder alone", r"^(encoder|decoder)\.conv_in\.weight$"),
     ("text encoder alone", r"^(text_model|transformer\.resblocks)\."),
-    ("textual-inversion embedding", r"^(emb_params|emp_params|clip_[lg]|string_to_param\..*|<.*>)$"),
+    ("textual-inversion embedding", r"^(emb_params|emp_params|clip_[lg]|string_to_param(\..*)?|\*|<.*>)$"),
 )
 """Kinds of files that are no whole checkpoint, each with a pattern that one of its tensors' names has."""
 

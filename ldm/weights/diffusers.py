@@ -27,6 +27,7 @@ from ldm.weights.rename import (
     text_names,
     unet_names_of,
 )
+from ldm.weights.save import HASHES
 from ldm.weights.source import Source, canonical_source, raw_source, read_json, renamed_source
 
 CLIP_L = f"{TEXT}transformer."
@@ -71,7 +72,7 @@ def read_folder(path: Path, *, allow_pickle: bool = False) -> Source:
     )
 
 
-DROPPED_METADATA = ("format", "modelspec.hash_sha256")
+DROPPED_METADATA = ("format", *HASHES)
 """What a network's file says of itself alone, and not of the model."""
 
 

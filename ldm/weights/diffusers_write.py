@@ -37,6 +37,10 @@ BETAS = {"scaled-linear": (0.00085, 0.012, "scaled_linear"), "upscaler": (0.0001
 VERSION = "0.30.0"
 """A version of diffusers that knows all that is written here; it asks for one."""
 
+SIZED = (2816, 2560)
+"""How wide the vector of SDXL and of its refiner is: pooled text and sizes. A U-Net alone tells by nothing else that it
+is one of theirs, and not an unCLIP, whose vector is a picture's embedding."""
+
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 Json = dict[str, Any]
@@ -88,7 +92,9 @@ def write_component(
     prefix: UNET or FIRST_STAGE of `layout`; config: that network's.
     """
     if prefix == UNET:
-        names, content = unet_names(config), _unet(config, None, takes_sizes=True)
+        takes_sizes = config.vector_width in SIZED
+        vector = "add_embedding" if takes_sizes else "class_embedding"
+        names, content = unet_names(config, vector), _unet(config, None, takes_sizes)
     else:
         names, content = autoencoder_names(config), _autoencoder(config, size=512)
     part = theirs(source, prefix, names)

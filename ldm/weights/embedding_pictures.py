@@ -45,7 +45,7 @@ def read_embedding_picture(path: Path) -> tuple[dict[str, Tensor], dict[str, str
             text = getattr(image, "text", {}).get(CHUNK)
             raw = base64.b64decode(text) if text else _from_pixels(np.asarray(image.convert("RGB")))
         return _entries(json.loads(raw))
-    except (ValueError, TypeError, IndexError, OSError, RecursionError, SyntaxError, zlib.error,
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, OSError, SyntaxError, zlib.error,
             Image.DecompressionBombError) as error:  # fmt: skip
         message = (
             f"holds no embedding that can be read ({printable(str(error))[:200]}); use the .pt or .safetensors file"
@@ -58,6 +58,8 @@ def _entries(data: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     trained = data.get("string_to_param") if isinstance(data, dict) else None
     if not isinstance(trained, dict):
         raise ValueError("no string_to_param")
+    if not all(isinstance(value, dict) and "TORCHTENSOR" in value for value in trained.values()):
+        raise ValueError("string_to_param without a TORCHTENSOR")
     tensors = {
         f"string_to_param.{name}": torch.tensor(value["TORCHTENSOR"], dtype=torch.float32)
         for name, value in trained.items()

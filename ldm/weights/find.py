@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
@@ -30,7 +30,10 @@ FOLDERS: dict[Kind, tuple[str, ...]] = {
     "unet": ("unet", "diffusion_models"),
     "text encoder": ("text_encoders", "clip"),
 }
-"""Where the two programs keep each kind, inside the program's folder, its folder `models`, or both."""
+"""Where the two programs keep each kind, inside the program's folder, its folder `models`, or both.
+
+A kind for which there is none is looked for all over the program's folder, but for the folders of other kinds.
+"""
 
 SUFFIXES = (".safetensors", ".index.json", ".ckpt", ".pt", ".pth", ".bin")
 """What model files end in; where two differ in this alone, the first is meant."""
@@ -49,7 +52,7 @@ class ModelFile:
     @property
     def stem(self) -> str:
         """The name without its suffix."""
-        return _without_suffix(self.name)
+        return without_suffix(self.name)
 
 
 def model_roots(given: Sequence[str | Path] | None = None) -> list[Path]:
@@ -83,7 +86,7 @@ def find(kind: Kind, name: str, roots: Sequence[Path], *, follow: bool = False) 
                 if fitting := _best_suffix(fitting):
                     return _only(name, fitting)
     stems = {file.stem.casefold(): file.name for file in files}
-    close = difflib.get_close_matches(_without_suffix(name).casefold(), stems, n=5, cutoff=0.5)
+    close = difflib.get_close_matches(without_suffix(name).casefold(), stems, n=5, cutoff=0.5)
     places = ", ".join(printable(str(root)) for root in roots)
     hint = f"; close to it: {', '.join(printable(stems[stem]) for stem in close)}" if close else ""
     raise LdmError(f"{printable(name)[:200]}: no such file, and no {kind} of that name under {places}{hint}")
@@ -93,7 +96,7 @@ VIEWS: tuple[Callable[[ModelFile], str], ...] = (
     lambda file: file.name,
     lambda file: file.stem,
     lambda file: file.path.name,
-    lambda file: _without_suffix(file.path.name),
+    lambda file: without_suffix(file.path.name),
 )
 """What a person may call a file."""
 
@@ -102,8 +105,10 @@ def listing(kind: Kind, roots: Sequence[Path], *, follow: bool = False) -> list[
     """All files of this kind under the roots, sorted by name; each once. At most 20,000, hidden ones left out."""
     files: dict[Path, ModelFile] = {}
     for root in roots:
-        for folder in _folders(kind, root):
-            for path in _walk(folder, kind):
+        known = _known_folders(root)
+        others = {folder for folders in known.values() for folder in folders}
+        for folder in known[kind] or [root]:
+            for path in _walk(folder, kind, others):
                 real = path.resolve()
                 if (follow or real.is_relative_to(root.resolve())) and real not in files:
                     files[real] = ModelFile(path.relative_to(folder).as_posix(), path, root)
@@ -112,19 +117,18 @@ def listing(kind: Kind, roots: Sequence[Path], *, follow: bool = False) -> list[
     return sorted(files.values(), key=lambda file: file.name)
 
 
-def _folders(kind: Kind, root: Path) -> list[Path]:
-    """The kind's folders under a root; the root itself where it has no folder that is known."""
-    known = {
-        each: [place / name for place in (root, root / "models") for name in FOLDERS[each] if (place / name).is_dir()]
-        for each in get_args(Kind)
+def _known_folders(root: Path) -> dict[Kind, list[Path]]:
+    """The folders of each kind that are there under a root."""
+    return {
+        kind: [place / name for place in (root, root / "models") for name in FOLDERS[kind] if (place / name).is_dir()]
+        for kind in get_args(Kind)
     }
-    return known[kind] if any(known.values()) else [root]
 
 
-def _walk(folder: Path, kind: Kind) -> Iterator[Path]:
-    """Model files in a folder and those inside it, and for checkpoints the folders that diffusers wrote."""
+def _walk(folder: Path, kind: Kind, others: Set[Path]) -> Iterator[Path]:
+    """Model files in a folder and those inside it but for `others`, and for checkpoints the folders of diffusers."""
     for place, inner, names in os.walk(folder):
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        inner[:] = sorted(name for name in inner if not name.startswith(".") and Path(place, name) not in others)
         if "model_index.json" in names:
             inner.clear()
             if kind == "checkpoint":
@@ -145,7 +149,7 @@ def _best_suffix(files: list[ModelFile]) -> list[ModelFile]:
     """Of files that differ in their suffix alone, the one whose suffix comes first."""
     best: dict[Path, ModelFile] = {}
     for file in sorted(files, key=_suffix_rank):
-        best.setdefault(file.path.with_name(_without_suffix(file.path.name)), file)
+        best.setdefault(file.path.with_name(without_suffix(file.path.name)), file)
     return list(best.values())
 
 
@@ -161,6 +165,7 @@ def _only(name: str, files: list[ModelFile]) -> Path:
     return files[0].path
 
 
-def _without_suffix(name: str) -> str:
+def without_suffix(name: str) -> str:
+    """A model file's name without what tells its format; other dots stay."""
     suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
     return name[: len(name) - len(suffix)]

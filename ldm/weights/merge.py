@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.errors import LdmError
 from ldm.weights.adapters.apply import Changes, merged
 from ldm.weights.io import TensorInfo, printable
-from ldm.weights.layout import FIRST_STAGE, UNET
+from ldm.weights.layout import FIRST_STAGE, UNET, not_needed_as
 from ldm.weights.source import Source, renamed_source
 
 EMA = "model_ema."
@@ -96,6 +96,12 @@ def add_difference(first: Source, second: Source, minus: Source, weight: float) 
         a.add_(_single(b).sub_(c.float()).mul_(weight))
 
     return _blended(first, [second, minus], blend)
+
+
+def unpaired(source: Source, other: Source) -> list[str]:
+    """The networks' tensors, EMA copies aside, that `other` has no tensor of the same name for."""
+    names = source.tensors.keys() - other.tensors.keys()
+    return sorted(name for name in names if name.startswith(NETWORKS) and not_needed_as(name) is None)
 
 
 def _single(tensor: Tensor) -> Tensor:

@@ -48,11 +48,10 @@ REMEDY = "export it as .safetensors with the program that wrote it, where you tr
 
 @dataclass(frozen=True, eq=False)
 class Pickled:
-    """The tensors of a pickle, mapped; the text and whole numbers beside them; how many other entries were left out."""
+    """The tensors of a pickle, mapped; and the text and whole numbers beside them."""
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
-    ignored: int
 
 
 def read_pickle(path: Path) -> Pickled:
@@ -127,7 +126,7 @@ def _check_names(data: bytes) -> None:
 
 
 def _tensors_of(loaded: Any) -> Pickled:
-    """What was in the pickle, sorted into tensors, words about them and the rest. Raises ValueError."""
+    """The tensors that were in the pickle, and words about them. Raises ValueError."""
     if not isinstance(loaded, dict):
         raise ValueError(f"holds a {type(loaded).__name__}; expected a dict of tensors, as from model.state_dict()")
     state = loaded.get("state_dict")
@@ -144,8 +143,7 @@ def _tensors_of(loaded: Any) -> Pickled:
         for key, value in loaded.items()
         if isinstance(value, str | int) and not isinstance(value, bool) and len(str(value)) <= 1000
     }
-    others = len(entries) - len(tensors) + (len(loaded) - 1 if isinstance(state, dict) else 0)
-    return Pickled(tensors, words, others - len(words))
+    return Pickled(tensors, words)
 
 
 def _flat(entries: Mapping[Any, Any]) -> dict[str, Any]:

@@ -10,13 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm.errors import LdmError
 from ldm.models.presets import SystemConfig
 from ldm.weights.atomic import replacing
 from ldm.weights.config_json import CONFIG_KEY, config_to_json
-from ldm.weights.io import DTYPES, ITEM_BYTES, TORCH_DTYPES, TensorInfo
+from ldm.weights.io import DTYPES, ITEM_BYTES, TORCH_DTYPES, TensorInfo, printable
 from ldm.weights.layout import Networks
 
 HASH = "modelspec.hash_sha256"
+HASHES = (HASH, "sshs_model_hash", "sshs_legacy_hash")
+"""What a file says of its own numbers, and would be wrong of a file that is made from it."""
 
 
 def save_networks(
@@ -111,7 +114,7 @@ def write_stream(
     read: names -> (name, tensor), in any order. It is asked for few at a time, and one tensor at a time is converted
     and written, so no second copy is made in memory (the library would make one, and cannot put the hash of the numbers
     before the numbers). Floating-point tensors become `dtype` where one is given. Raises LdmError where the file cannot
-    be written.
+    be written, or `dtype` cannot hold a number; then nothing is.
     """
     target = None if dtype is None else DTYPES[dtype]
     dtypes = {name: target if target and "F" in info.dtype else info.dtype for name, info in tensors.items()}
@@ -127,7 +130,7 @@ def write_stream(
         for names in _batches(order, tensors):
             batch = dict(read(names))
             for name in names:
-                numbers = _numbers(batch.pop(name).detach().to("cpu", TORCH_DTYPES[dtypes[name]]))
+                numbers = _numbers(_cast(name, batch.pop(name).detach().cpu(), TORCH_DTYPES[dtypes[name]]))
                 digest.update(numbers)
                 file.write(numbers)
         file.seek(0)
@@ -157,6 +160,18 @@ def _header(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes
     text = json.dumps({"__metadata__": dict(metadata), **entries}).encode("ascii")
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in this dtype. Raises LdmError where it cannot hold a number that was finite."""
+    cast = tensor.to(dtype)
+    if cast.dtype != tensor.dtype and cast.is_floating_point():
+        lost = ~cast.isfinite()
+        if lost.any() and (lost := lost & tensor.isfinite()).any():
+            largest = tensor[lost].double().abs().max().item()
+            remedy = "bf16 or fp32 holds it" if dtype == torch.float16 else "leave its precision as it is"
+            raise LdmError(f"{printable(name)}: {largest:g} is too large for {DTYPES[dtype]}; {remedy}")
+    return cast
 
 
 def _numbers(tensor: Tensor) -> memoryview:

@@ -144,7 +144,12 @@ def with_part(source: Source, prefix: str, other: Source) -> Source:
         yield from source.read(name for name in wanted if name in kept)
         yield from part.read(name for name in wanted if name not in kept)
 
-    facts = {key: value for key, value in source.facts.items() if FACTS.get(key.split(".")[0], UNET) != prefix}
+    towers = {f"text.{_index(home)}" for home in homes if prefix == TEXT}
+    facts = {
+        key: value
+        for key, value in source.facts.items()
+        if FACTS.get(key.split(".")[0], UNET) != prefix or (prefix == TEXT and key.rpartition(".")[0] not in towers)
+    }
     for key, value in other.facts.items():
         if FACTS.get(key.split(".")[0], UNET) == prefix:
             facts[_moved(key, homes)] = value
@@ -158,8 +163,13 @@ FACTS = {"text": TEXT, "scale_factor": FIRST_STAGE}
 def _moved(key: str, homes: tuple[str, ...]) -> str:
     """A fact about the one text tower of a file, as one about the tower with the index that it has now."""
     if key.startswith("text.") and len(homes) == 1:
-        return re.sub(r"\d", homes[0].split(".")[2] if homes[0].startswith("conditioner.") else "0", key, count=1)
+        return re.sub(r"\d", _index(homes[0]), key, count=1)
     return key
+
+
+def _index(home: str) -> str:
+    """The index of the text tower that lies under this prefix."""
+    return home.split(".")[2] if home.startswith("conditioner.") else "0"
 
 
 TOWER = re.compile(r"(cond_stage_model|conditioner\.embedders\.\d)\.(model|transformer)\.")

@@ -99,8 +99,12 @@ def test_an_autoencoder_there_and_back(tiny_file: Any, tmp_path: Path, capsys: p
     save_file(bare, tmp_path / "vae.safetensors")
     said = run(capsys, tmp_path / "vae.safetensors", tmp_path / "folder")
     assert "0.18215 is a guess" in said["notes"][0]
+    config = tmp_path / "folder/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.13025}))
     run(capsys, tmp_path / "folder", tmp_path / "back.safetensors")
     assert_equal(load_file(tmp_path / "back.safetensors"), bare)
+    assert not run(capsys, tmp_path / "back.safetensors", tmp_path / "again")["notes"]
+    assert json.loads((tmp_path / "again/config.json").read_text())["scaling_factor"] == 0.13025
     for theirs in (
         diffusers.AutoencoderKL.from_pretrained(tmp_path / "folder", local_files_only=True),
         diffusers.AutoencoderKL.from_single_file(
@@ -182,6 +186,84 @@ def test_another_autoencoder(sd1_file: Path, tmp_path: Path, capsys: pytest.Capt
     run(capsys, sd1_file, tmp_path / "out.safetensors", "--vae", vae)
     expected = {name: t + 1 if name.startswith(FIRST_STAGE) else t for name, t in load_file(sd1_file).items()}
     assert_equal(load_file(tmp_path / "out.safetensors"), expected)
+    run(capsys, sd1_file, tmp_path / "mixed.safetensors", "--vae", vae, "--merge", sd1_file)  # it is not blended
+    assert_equal(load_file(tmp_path / "mixed.safetensors"), expected)
+
+
+def test_parts_by_name(sd1_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tower = "cond_stage_model."
+    for folder, prefix in (("VAE", FIRST_STAGE), ("unet", UNET), ("text_encoders", tower)):
+        (tmp_path / "all" / folder).mkdir(parents=True)
+
+        def only(tensors: dict[str, Tensor], prefix: str = prefix) -> None:
+            kept = {name: tensor + 1 for name, tensor in tensors.items() if name.startswith(prefix)}
+            tensors.clear()
+            tensors.update(kept)
+
+        edited(sd1_file, tmp_path / "all" / folder / "mine.safetensors", only)
+    plain, models = load_file(sd1_file), ("--models", tmp_path / "all")
+    for flag, prefix in (("--vae", FIRST_STAGE), ("--unet", UNET), ("--text-encoder", tower)):
+        out = tmp_path / f"{flag}.safetensors"
+        run(capsys, sd1_file, out, flag, "mine", *models)
+        assert_equal(load_file(out), {name: t + 1 if name.startswith(prefix) else t for name, t in plain.items()})
+
+
+def test_a_precision_that_cannot_hold_a_number(
+    sd1_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def large(tensors: dict[str, Tensor]) -> None:
+        tensors |= {LAST_CONVOLUTION: tensors[LAST_CONVOLUTION].float() + 70000}
+        tensors |= {f"{UNET}out.2.bias": torch.full_like(tensors[f"{UNET}out.2.bias"], torch.inf, dtype=torch.float32)}
+
+    file = edited(sd1_file, tmp_path / "in.safetensors", large)
+    for out in ("out.safetensors", "folder"):
+        message = refused(capsys, file, tmp_path / out, "--dtype", "fp16")
+        assert LAST_CONVOLUTION in message or "conv_out.weight" in message
+        assert "70000" in message
+        assert "bf16 or fp32 holds it" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+    run(capsys, file, tmp_path / "out.safetensors", "--dtype", "bf16")  # what is infinite already may be
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_hashes_of_other_numbers_are_dropped(
+    part: bool, sd1_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def bare(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if part and not name.startswith(FIRST_STAGE)]:
+            del tensors[name]
+
+    words = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8, "ss_steps": "5"}
+    run(capsys, edited(sd1_file, tmp_path / "in.safetensors", bare, **words), tmp_path / "out.safetensors")
+    assert {key: value for key, value in metadata(tmp_path / "out.safetensors").items() if key.startswith("ss")} == {
+        "ss_steps": "5"
+    }
+
+
+def test_models_that_predict_different_things(
+    tiny_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    v = tiny_file(SYSTEMS["sd2-v"])
+    eps = edited(v, tmp_path / "eps.safetensors", lambda _: None, **{"modelspec.prediction_type": "epsilon"})
+    out = tmp_path / "out.safetensors"
+    message = refused(capsys, v, out, "--merge", eps)
+    assert "predicts v (its own ldm.config)" in message
+    assert "predicts eps (metadata modelspec.prediction_type)" in message
+    assert not out.exists()
+    run(capsys, v, out, "--merge", eps, "--prediction", "v")
+    assert metadata(out)["modelspec.prediction_type"] == "v"
+
+
+def test_what_a_merge_has_no_partner_for(sd1_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def other(tensors: dict[str, Tensor]) -> None:
+        del tensors[f"{UNET}out.2.bias"], tensors[LAST_CONVOLUTION]
+        tensors |= {f"{UNET}more": torch.zeros(1), "betas": torch.zeros(1000)}
+
+    file = edited(sd1_file, tmp_path / "other.safetensors", other)
+    notes = run(capsys, sd1_file, tmp_path / "out.safetensors", "--merge", file)["notes"]
+    assert "other.safetensors: 1 tensors are left out" in notes[0]
+    assert "other.safetensors: lacks 2 tensors" in notes[1]
+    assert not run(capsys, sd1_file, tmp_path / "same.safetensors", "--merge", sd1_file)["notes"]
 
 
 def test_adapters_are_baked_in(sd1_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,6 +329,10 @@ def test_what_is_no_checkpoint_is_copied(tmp_path: Path, capsys: pytest.CaptureF
     )
 
 
+def test_endings_in_capitals(sd1_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, sd1_file, tmp_path / "OUT.SAFETENSORS")["layout"] == "single file"
+
+
 def test_reading_in_pieces_changes_nothing(
     sd1_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,6 +361,7 @@ def test_what_cannot_be_done(
     cases: dict[str, tuple[str | Path, ...]] = {
         "exists already": (sd1_file, tmp_path),
         "must end in .safetensors": (sd1_file, tmp_path / "x.ckpt", "--to", "single"),
+        "no other kind of file": (sd1_file, tmp_path / "x.CKPT"),
         "--minus: expected --merge": (sd1_file, out, "--minus", sd1_file),
         "--weight: expected": (sd1_file, out, "--weight", "0.5"),
         "has no EMA copies": (sd1_file, out, "--ema", "use"),

@@ -362,6 +362,18 @@ def test_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Path("canary").exists()
 
 
+@pytest.mark.parametrize(
+    "saved",
+    [{"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(2, 768)}, "name": "x"},
+     {"*": torch.ones(2, 768)}],
+    ids=["A1111", "bare"],
+)  # fmt: skip
+def test_an_embedding_in_a_pickle_is_told_from_its_names(saved: dict[str, Any], tmp_path: Path) -> None:
+    torch.save(saved, tmp_path / "x.pt")
+    for flag in (False, True):
+        assert describe(tmp_path / "x.pt", allow_pickle=flag).kind == "textual-inversion embedding"
+
+
 def test_a_pickle_of_a_trainer_is_told_to_be_saved_again(tmp_path: Path) -> None:
     path = tmp_path / "old.ckpt"
     torch.save({"state_dict": {"model_ema.decay": torch.ones(1)}, "hyper": argparse.Namespace(lr=1)}, path)

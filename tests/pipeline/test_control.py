@@ -43,6 +43,7 @@ from ldm.pipeline.request import Control, GenerateRequest
 from ldm.pipeline.sample import Progress
 from ldm.tasks import run
 from ldm.types import Conditioning
+from ldm.weights.adapters.read import read_adapter
 
 HINT_WIDTHS = (8, 8, 16, 16)
 LAYOUTS = {"sd1": sd1, "sd2-v": lambda: sd2("v"), "sdxl": sdxl}
@@ -366,6 +367,25 @@ def test_files_become_networks(models, tmp_path):
         LdmError, match=r"x.safetensors: is made for a U-Net with text 32 wide, the model is .* 64 wide"
     ):
         models["sdxl"].with_controls({"a": tmp_path / "x.safetensors"})
+
+
+def test_differences_are_added_to_weights_without_adapters(models, tmp_path):
+    from safetensors.torch import save_file
+
+    model, module = models["sd1"], "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
+    weight = model.unet.get_parameter("input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight")
+    halves = {"down": torch.ones(2, weight.shape[1]), "up": torch.ones(len(weight), 2)}
+    save_file({f"{module}.lora_{half}.weight": t for half, t in halves.items()}, tmp_path / "lora.safetensors")
+    state = {f"control_model.{n}": t for n, t in model.controls["a"].state_dict().items()}
+    save_file(state | {"difference": torch.ones(1)}, tmp_path / "x.safetensors")
+    adapted = model.with_adapters([(read_adapter(tmp_path / "lora.safetensors"), 1)])
+    plain, found = (
+        each.with_controls({"x": tmp_path / "x.safetensors"}).controls["x"].state_dict() for each in (model, adapted)
+    )
+    assert not torch.equal(
+        adapted.unet.get_parameter("input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"), weight
+    )
+    assert plain.keys() == found.keys() and all(torch.equal(plain[name], found[name]) for name in plain)
 
 
 def last_latents(model: LatentDiffusion, asked: GenerateRequest) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import zlib
@@ -16,9 +17,9 @@ from sd_parsers import ParserManager
 from ldm.errors import LdmError
 from ldm.models.presets import sd1, tiny
 from ldm.pipeline.latent_diffusion import LatentDiffusion, Origin
-from ldm.pipeline.load import random_system
+from ldm.pipeline.load import load, random_system, save_checkpoint
 from ldm.pipeline.metadata import read_metadata
-from ldm.pipeline.picture import SCHEDULE_TITLES, Picture, parameters_text
+from ldm.pipeline.picture import SCHEDULE_TITLES, OtherPart, Picture, parameters_text
 from ldm.pipeline.request import GenerateRequest
 from ldm.samplers import SAMPLERS
 
@@ -122,6 +123,24 @@ def test_the_model_is_named_by_its_file(model, tmp_path):
     named = replace(model, origin=Origin(tmp_path / "My model.safetensors"))
     assert "Model: My model," in parameters_text(named.generate("x", steps=1)[0])
     assert "Model" not in parameters_text(model.generate("x", steps=1)[0])
+
+
+def test_parts_from_other_files_are_named(model, tmp_path):
+    """In our record, and for the autoencoder where AUTOMATIC1111's web UI has it: after the model."""
+    vae, folder = tmp_path / "kl-f8.vae.safetensors", tmp_path / "tower"
+    save_checkpoint(model, tmp_path / "a.safetensors")
+    save_checkpoint(model, vae)
+    folder.mkdir()
+    loaded = load(tmp_path / "a.safetensors", vae=vae, unet=vae)
+    short = hashlib.sha256(vae.read_bytes()).hexdigest()[:10]
+    drawn = loaded.generate("x", steps=1)[0]
+    read = read_metadata(drawn.save(tmp_path / "x.png", model_hash=HASH))
+    assert read.record is not None and read.parameters is not None
+    assert read.record["parts"] == [{"kind": k, "name": vae.name, "hash": short} for k in ("unet", "vae")]
+    assert f"Model hash: 0123456789, Model: a, VAE hash: {short}, VAE: {vae.name}, RNG: CPU" in read.parameters
+    of_folder = replace(drawn, parts=(OtherPart("vae", folder),))
+    assert "Model: a, VAE: tower, RNG: CPU" in parameters_text(of_folder)
+    assert "VAE" not in parameters_text(model.generate("x", steps=1)[0])
 
 
 FOREIGN = {

@@ -18,12 +18,14 @@ from torch import Tensor
 from ldm.diffusion.state import finish_state
 from ldm.errors import LdmError
 from ldm.models.presets import SystemConfig, sd1, sd2, sd_x4_upscaler, sdxl, sdxl_refiner, small, tiny
+from ldm.models.unet import UNet
 from ldm.pipeline.load import load
 from ldm.pipeline.request import GenerateRequest
 from ldm.pipeline.sample import Progress
 from ldm.tasks import run
 from ldm.weights.detect import detect
 from ldm.weights.diffusers_write import held_config, write_component, write_folder
+from ldm.weights.io import TensorInfo
 from ldm.weights.layout import FIRST_STAGE, UNET
 from ldm.weights.source import Source, open_source
 
@@ -192,6 +194,25 @@ def test_an_autoencoder_alone_is_written(tiny_file: Callable[[SystemConfig], Pat
     back = open_source(tmp_path / "vae")
     assert_equal(tensors(back), {n: t for n, t in tensors(source).items() if n.startswith(FIRST_STAGE)})
     assert back.facts["scale_factor"] == "0.13025"
+
+
+@pytest.mark.parametrize(("width", "form"), [(2048, "projection"), (2816, None)])
+def test_a_unet_alone_has_the_form_that_its_vector_asks_for(width: int, form: str | None, tmp_path: Path) -> None:
+    """unCLIP's vector is a picture's embedding, SDXL's pooled text and sizes: diffusers has a place for each."""
+    config = replace(tiny(sd2()).unet, vector_width=width)
+    unet = {UNET + name: tensor for name, tensor in UNet(config).state_dict().items()}
+    infos = {name: TensorInfo("F32", tuple(tensor.shape)) for name, tensor in unet.items()}
+    source = Source(tmp_path, infos, {}, lambda names: ((name, unet[name]) for name in names))
+    write_component(tmp_path / "unet", source, UNET, config)
+    theirs, report = diffusers.UNet2DConditionModel.from_pretrained(
+        tmp_path / "unet", local_files_only=True, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert theirs.config.class_embed_type == form
+    embedding = theirs.add_embedding if form is None else theirs.class_embedding
+    assert torch.equal(embedding.linear_1.weight, unet[f"{UNET}label_emb.0.0.weight"])
+    assert_equal(tensors(open_source(tmp_path / "unet")), unet)
 
 
 def test_what_has_no_place_is_named(tiny_file: Callable[[SystemConfig], Path], tmp_path: Path) -> None:

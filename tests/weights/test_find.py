@@ -84,6 +84,13 @@ def test_a_flat_folder_holds_every_kind(tmp_path: Path) -> None:
         assert [file.name for file in listing(kind, [root])] == ["a.safetensors", "b/c.pt"]
 
 
+def test_a_kind_without_a_folder_of_its_own_is_looked_for_beside_those_of_others(tmp_path: Path) -> None:
+    root = tree(tmp_path, ("a.safetensors", "b/c.pt", "loras/ink.safetensors", "models/VAE/d.pt"))
+    assert [file.name for file in listing("checkpoint", [root])] == ["a.safetensors", "b/c.pt"]
+    assert [file.name for file in listing("lora", [root])] == ["ink.safetensors"]
+    assert find("checkpoint", "a", [root]) == root / "a.safetensors"
+
+
 def test_folders_of_diffusers_are_one_model(webui: Path) -> None:
     place = webui / "models/Stable-diffusion/sd-turbo"
     tree(place, ("model_index.json", "unet/diffusion_pytorch_model.safetensors"))

@@ -14,7 +14,7 @@ from ldm.models.presets import sd1, tiny
 from ldm.models.unet import UNet
 from ldm.weights.io import DTYPES, TensorInfo
 from ldm.weights.layout import UNET
-from ldm.weights.merge import FIRST_CONVOLUTION, add_difference, ema_name, weighted, with_ema, without_ema
+from ldm.weights.merge import FIRST_CONVOLUTION, add_difference, ema_name, unpaired, weighted, with_ema, without_ema
 from ldm.weights.source import Source
 
 WEIGHT = f"{UNET}out.2.weight"
@@ -73,6 +73,12 @@ def test_what_only_the_first_has_stays() -> None:
     assert merged[WEIGHT].tolist() == [0.5, 0.5]
     assert merged["betas"] is first["betas"]
     assert merged[f"{UNET}extra"] is first[f"{UNET}extra"]
+
+
+def test_what_has_no_partner() -> None:
+    one, none = torch.zeros(1), source({})
+    assert unpaired(source({WEIGHT: one, "betas": one, ema_name(WEIGHT): one}), none) == [WEIGHT]
+    assert unpaired(source({WEIGHT: one}), source({WEIGHT: one})) == []
 
 
 def test_an_inpainting_model_learns_from_models_without_a_mask() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,13 @@ def test_what_config_files_say_of_a_part_goes_with_it(weights: Weights, tmp_path
     assert with_part(source, TEXT, tower).facts == {"text.1.heads": "4"}
     vae = Source(tmp_path, prefixed_infos(source, FIRST_STAGE, FIRST_STAGE), {}, source.read, facts=facts)
     assert with_part(source, FIRST_STAGE, vae).facts == {"scale_factor": "0.5"}
+
+
+def test_what_config_files_say_of_the_other_tower_stays(weights: Weights, tmp_path: Path) -> None:
+    base = open_source(written(weights("sdxl"), tmp_path / "model.safetensors"))
+    source = replace(base, facts={"text.0.heads": "2", "text.1.heads": "3", "text.1.skip": "0", "size": "96"})
+    tower = Source(tmp_path, prefixed_infos(base, f"{SECOND}model.", CLIP), {}, base.read, facts={"text.0.heads": "4"})
+    assert with_part(source, TEXT, tower).facts == {"text.0.heads": "2", "text.1.heads": "4", "size": "96"}
 
 
 def prefixed_infos(source: Source, old: str, new: str) -> dict[str, Any]:

@@ -92,9 +92,9 @@ def _check_uses(uses: Iterable[Use]) -> None:
         for weight in (use.unet, use.text):
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
                 raise _error(use.adapter, f"found a weight of {weight!r}, expected a finite number")
-        if use.adapter.hash in seen:
+        if (path := use.adapter.path.resolve()) in seen:
             raise _error(use.adapter, "is given twice; give it once, with the sum of its weights")
-        seen.add(use.adapter.hash)
+        seen.add(path)
 
 
 def _resolved(adapter: Adapter, places: Targets, family: str) -> dict[Target, Kind]:

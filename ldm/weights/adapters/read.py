@@ -18,15 +18,13 @@ from torch import Tensor
 from ldm.errors import LdmError
 from ldm.weights.adapters.peft import config_of, read_peft_configs
 from ldm.weights.adapters.roles import Part, part_of, role_of
-from ldm.weights.doctor.hashes import KOHYA_HASH
+from ldm.weights.embeddings import BUNDLE
+from ldm.weights.hashes import KOHYA_HASH
 from ldm.weights.io import printable
 from ldm.weights.source import raw_source
 
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 """What peft and diffusers call the file in a folder that they write."""
-
-BUNDLED = "bundle_emb."
-"""Textual-inversion embeddings that ride along with an adapter: `bundle_emb.<name>....`"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +32,7 @@ class Adapter:
     """A LoRA or one of its kin, as it lies in its file.
 
     name:     the file's, without its ending
-    hash:     12 digits, as other programs show it
+    hash:     12 digits, as other programs show it; files that tell a wrong one may share it
     metadata: the file's own words
     parts:    module, as the file names it -> what is done to it
     bundled:  names of the embeddings in the file, which are left to `embeddings.py`
@@ -57,7 +55,7 @@ def read_adapter(path: str | Path, *, allow_pickle: bool = False) -> Adapter:
     path = _file(Path(path))
     source = raw_source(path, allow_pickle=allow_pickle)
     try:
-        tensors = dict(source.read(name for name in source.tensors if not name.startswith(BUNDLED)))
+        tensors = dict(source.read(name for name in source.tensors if not name.startswith(BUNDLE)))
         configs = read_peft_configs(source.metadata, path)
         parts = {
             module: part_of(module, roles, config_of(module, configs)) for module, roles in _modules(tensors).items()
@@ -70,7 +68,7 @@ def read_adapter(path: str | Path, *, allow_pickle: bool = False) -> Adapter:
         hash=_hash(path, source.metadata, is_pickle=source.layout == "pickle"),
         metadata=source.metadata,
         parts=parts,
-        bundled=tuple(sorted({name.split(".")[1] for name in source.tensors if name.startswith(BUNDLED)})),
+        bundled=tuple(sorted({name.split(".")[1] for name in source.tensors if name.startswith(BUNDLE)})),
     )
 
 

@@ -15,8 +15,9 @@ from ldm.weights.adapters.family import meant_for
 from ldm.weights.adapters.kinds import IA3, Dora, Full, Kind, Loha, Lokr, Lora, Product
 from ldm.weights.adapters.names import FIRST_TOWER, SECOND_TOWER, UNET_PREFIXES, spelled
 from ldm.weights.adapters.peft import config_of, read_peft_configs
-from ldm.weights.adapters.read import BUNDLED, Adapter
+from ldm.weights.adapters.read import Adapter
 from ldm.weights.adapters.roles import Part, part_of, role_of
+from ldm.weights.embeddings import BUNDLE
 from ldm.weights.io import TORCH_DTYPES, printable
 from ldm.weights.source import Source
 
@@ -107,14 +108,14 @@ def adapter_facts(source: Source, *, whole: bool = True) -> AdapterFacts:
         networks=dict(sorted(Counter(_network(name) for name in names.values()).items())),
         targets=tuple(what for what, _ in TARGETS if any(_target(name) == what for name in names.values())),
         base=meant_for(looked_at),
-        bundled=tuple(sorted({name.split(".")[1] for name in source.tensors if name.startswith(BUNDLED)})),
+        bundled=tuple(sorted({name.split(".")[1] for name in source.tensors if name.startswith(BUNDLE)})),
         fault=None if not faults else printable(faults[0]) + (f" (and {len(faults) - 1} more)" if faults[1:] else ""),
     )
 
 
 def _modules(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Module -> role -> tensor's name; and the tensors that no adapter has."""
-    names = {name for name in names if not name.startswith(BUNDLED)}
+    names = {name for name in names if not name.startswith(BUNDLE)}
     modules: dict[str, dict[str, str]] = {}
     unknown = []
     for name in sorted(names):

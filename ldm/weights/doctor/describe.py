@@ -18,7 +18,6 @@ import torch
 
 from ldm.errors import LdmError
 from ldm.weights.doctor.findings import family_of_pickle, find_out
-from ldm.weights.doctor.hashes import WINDOW_START, check_full, check_short, full_hashes, old_short_hash
 from ldm.weights.doctor.kinds import ADAPTER, EMBEDDING, kind_of_file, readers
 from ldm.weights.doctor.pickle_scan import scan_pickle
 from ldm.weights.doctor.remedies import remedies
@@ -26,6 +25,7 @@ from ldm.weights.doctor.report import FileReport, Finding, FolderEntry, Hashes, 
 from ldm.weights.doctor.training_facts import training_facts
 from ldm.weights.embedding_pictures import PICTURES
 from ldm.weights.find import MAX_FILES, SUFFIXES
+from ldm.weights.hashes import WINDOW_START, check_full, check_short, full_hashes, old_short_hash
 from ldm.weights.io import ITEM_BYTES, Header, TensorInfo, is_pickle, open_regular, printable, read_header, read_tensors
 from ldm.weights.pickles import ALLOWED
 from ldm.weights.source import Source, canonical_source, open_source

@@ -185,6 +185,18 @@ SPELLINGS = {
 }
 
 
+def test_two_that_tell_one_hash_are_two(write: Write) -> None:
+    """kohya's hash is copied along by programs that change the numbers."""
+    said = {"sshs_model_hash": "ab" * 32}
+    paths = write(lora(), said), write(lora(out=64, rank=3), said, "b.safetensors")
+    first, second = map(read_adapter, paths)
+    assert first.hash == second.hash == "ab" * 6
+    (changes,) = plan(SD1, shapes_of(SD1), [Use(first), Use(second)]).values()
+    assert len(changes) == 2
+    with pytest.raises(LdmError, match=r"b\.safetensors: is given twice"):
+        plan(SD1, shapes_of(SD1), [Use(second), Use(read_adapter(paths[1].parent / "." / "b.safetensors"))])
+
+
 @pytest.mark.parametrize("module", SPELLINGS)
 def test_spelling(module, write):
     size = 32 if "self_attn" in module else 64

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from ldm.weights.doctor.hashes import FullHashes, check_full, check_short, full_hashes, old_short_hash
+from ldm.weights.hashes import FullHashes, check_full, check_short, full_hashes, old_short_hash
 from ldm.weights.io import read_header
 
 TENSORS = {
