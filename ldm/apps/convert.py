@@ -23,7 +23,7 @@ from ldm.weights.detect import CHECKPOINT, detect, kind_of
 from ldm.weights.diffusers import DROPPED_METADATA
 from ldm.weights.diffusers_write import write_component, write_folder
 from ldm.weights.find import Kind, locate, model_roots
-from ldm.weights.hashes import full_hashes
+from ldm.weights.hashes import MODELSPEC_HASH, OWN_HASHES, full_hashes
 from ldm.weights.io import PICKLE_SUFFIXES, printable, read_header
 from ldm.weights.layout import FIRST_STAGE, UNET, build, compare, not_needed_as
 from ldm.weights.merge import (
@@ -39,14 +39,12 @@ from ldm.weights.merge import (
     without_ema,
 )
 from ldm.weights.prediction import Decision, decide
-from ldm.weights.save import HASH, HASHES, modelspec, write_stream
-from ldm.weights.source import Source, open_source, renamed_source, with_part
+from ldm.weights.save import modelspec, write_stream
+from ldm.weights.source import SCALE_KEY, Source, open_source, renamed_source, with_part
 
 DTYPES = {"same": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MARKS = "training marks"
 """What tensors are called by `not_needed_as` that tell other programs how to use the model: they outlive pruning."""
-SCALE_KEY = "ldm.scale_factor"
-"""The metadata key of an autoencoder alone for its latents' scale, which stands in no tensor."""
 SHOWN = 40
 """How many names of a kind are listed on the terminal; JSON has them all."""
 
@@ -141,19 +139,8 @@ def _layout(command: Convert) -> str:
 
 
 def _opened(command: Convert, kind: Kind, given: str | Path) -> Source:
-    """A file that is named by its path or its name, with the scale that we write into an autoencoder's own file."""
-    path = locate(kind, given, model_roots(command.models or None))
-    source = open_source(path, allow_pickle=command.allow_pickle)
-    return replace(source, facts=_told_scale(source.metadata) | dict(source.facts))
-
-
-def _told_scale(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The scale as a fact, where the metadata have one that can be: a number above zero."""
-    try:
-        scale = float(metadata[SCALE_KEY])
-    except (KeyError, ValueError):
-        return {}
-    return {"scale_factor": str(scale)} if 0 < scale < math.inf else {}
+    """A file that is named by its path or its name."""
+    return open_source(locate(kind, given, model_roots(command.models or None)), allow_pickle=command.allow_pickle)
 
 
 def _parts(command: Convert) -> list[tuple[str, Source]]:
@@ -262,7 +249,7 @@ def _convert_part(command: Convert, source: Source, to: str) -> Written:
     prefix = next((p for p in (UNET, FIRST_STAGE) if all(name.startswith(p) for name in source.tensors)), None)
     if to == "single":
         bare = source if prefix is None else _bare(source, prefix)
-        metadata = {key: value for key, value in source.metadata.items() if key not in HASHES}
+        metadata = {key: value for key, value in source.metadata.items() if key not in OWN_HASHES}
         if prefix == FIRST_STAGE and "scale_factor" in source.facts:
             metadata[SCALE_KEY] = source.facts["scale_factor"]
         write_stream(command.output, bare.tensors, bare.read, metadata, dtype)
@@ -297,7 +284,7 @@ def _verify(path: Path) -> dict[str, str]:
     for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
         header = read_header(file)
         digest = full_hashes(header).numbers
-        if header.metadata[HASH] != f"0x{digest}":
+        if header.metadata[MODELSPEC_HASH] != f"0x{digest}":
             raise LdmError(f"{printable(str(file))}: reads back with other numbers than were written; check the disk")
         found[str(file.relative_to(path)) if path.is_dir() else file.name] = digest
     return found

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.errors import LdmError
+from ldm.weights.hashes import OWN_HASHES
 from ldm.weights.io import TensorInfo, printable
 from ldm.weights.layout import CLIP, FIRST_STAGE, TEXT, UNET
 from ldm.weights.rename import (
@@ -27,7 +28,6 @@ from ldm.weights.rename import (
     text_names,
     unet_names_of,
 )
-from ldm.weights.save import HASHES
 from ldm.weights.source import Source, canonical_source, raw_source, read_json, renamed_source
 
 CLIP_L = f"{TEXT}transformer."
@@ -72,7 +72,7 @@ def read_folder(path: Path, *, allow_pickle: bool = False) -> Source:
     )
 
 
-DROPPED_METADATA = ("format", *HASHES)
+DROPPED_METADATA = ("format", *OWN_HASHES)
 """What a network's file says of itself alone, and not of the model."""
 
 

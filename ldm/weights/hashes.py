@@ -27,6 +27,8 @@ CHUNK = 1 << 20
 MODELSPEC_HASH = "modelspec.hash_sha256"
 KOHYA_HASH = "sshs_model_hash"
 KOHYA_SHORT = "sshs_legacy_hash"
+OWN_HASHES = (MODELSPEC_HASH, KOHYA_HASH, KOHYA_SHORT)
+"""What a file says of its own numbers, and would be wrong of a file that is made from it."""
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,9 @@ from ldm.errors import LdmError
 from ldm.models.presets import SystemConfig
 from ldm.weights.atomic import replacing
 from ldm.weights.config_json import CONFIG_KEY, config_to_json
+from ldm.weights.hashes import MODELSPEC_HASH
 from ldm.weights.io import DTYPES, ITEM_BYTES, TORCH_DTYPES, TensorInfo, printable
 from ldm.weights.layout import Networks
-
-HASH = "modelspec.hash_sha256"
-HASHES = (HASH, "sshs_model_hash", "sshs_legacy_hash")
-"""What a file says of its own numbers, and would be wrong of a file that is made from it."""
 
 
 def save_networks(
@@ -126,7 +123,7 @@ def write_stream(
         position = end
     digest = hashlib.sha256()
     with replacing(path) as file:
-        file.write(_header(entries, {**metadata, HASH: f"0x{digest.hexdigest()}"}))  # as long as the true one
+        file.write(_header(entries, {**metadata, MODELSPEC_HASH: f"0x{digest.hexdigest()}"}))  # as long as the true one
         for names in _batches(order, tensors):
             batch = dict(read(names))
             for name in names:
@@ -134,7 +131,7 @@ def write_stream(
                 digest.update(numbers)
                 file.write(numbers)
         file.seek(0)
-        file.write(_header(entries, {**metadata, HASH: f"0x{digest.hexdigest()}"}))
+        file.write(_header(entries, {**metadata, MODELSPEC_HASH: f"0x{digest.hexdigest()}"}))
 
 
 BATCH = 32 * 1024**2

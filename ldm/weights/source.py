@@ -7,6 +7,7 @@ at the door, so that detecting, comparing and loading know one layout only.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,9 @@ from ldm.weights.pickles import read_pickle
 Read = Callable[[Iterable[str]], Iterator[tuple[str, Tensor]]]
 
 MAX_JSON = 32 * 1024**2
+
+SCALE_KEY = "ldm.scale_factor"
+"""The metadata key of the latents' scale in a file that holds an autoencoder alone, of which no tensor tells it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +115,17 @@ def raw_source(path: Path, *, allow_pickle: bool = False) -> Source:
         infos = {name: TensorInfo(DTYPES[t.dtype], tuple(t.shape)) for name, t in pickled.tensors.items()}
         return Source(path, infos, pickled.metadata, partial(_held, pickled.tensors), "pickle")
     header = read_header(path)
-    return Source(path, header.tensors, header.metadata, partial(read_tensors, header))
+    facts = _told_scale(header.metadata)
+    return Source(path, header.tensors, header.metadata, partial(read_tensors, header), facts=facts)
+
+
+def _told_scale(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The latents' scale as a fact, where the metadata have one that can be: a finite number above zero."""
+    try:
+        scale = float(metadata[SCALE_KEY])
+    except (KeyError, ValueError):
+        return {}
+    return {"scale_factor": str(scale)} if 0 < scale < math.inf else {}
 
 
 def renamed_source(source: Source, names: Mapping[str, str]) -> Source:

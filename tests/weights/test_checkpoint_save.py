@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from ldm.errors import LdmError
 from ldm.models.presets import SystemConfig, sd1, sd2, sd_x4_upscaler, sdxl, sdxl_refiner, small
 from ldm.weights.atomic import replacing
+from ldm.weights.hashes import MODELSPEC_HASH
 from ldm.weights.io import read_header
-from ldm.weights.save import HASH, modelspec, write_tensors
+from ldm.weights.save import modelspec, write_tensors
 
 TENSORS = {
     "half": torch.tensor([[1.0, -2.0, 3.0]]).half(),
@@ -54,7 +55,7 @@ def test_numbers_are_aligned_and_hashed_as_modelspec_says(tmp_path: Path) -> Non
     path = tmp_path / "x.safetensors"
     write_tensors(path, TENSORS, {})
     header, content = read_header(path), path.read_bytes()
-    assert header.metadata[HASH] == "0x" + hashlib.sha256(content[header.data_start :]).hexdigest()
+    assert header.metadata[MODELSPEC_HASH] == "0x" + hashlib.sha256(content[header.data_start :]).hexdigest()
     assert header.data_start % 8 == 0
     for name, tensor in header.tensors.items():
         assert tensor.begin % TENSORS[name].itemsize == 0

@@ -223,6 +223,15 @@ def test_an_autoencoder_from_another_file(weights: Weights, tmp_path: Path) -> N
     assert f"vae: from {other}" in rules
 
 
+@pytest.mark.parametrize(("said", "scale"), [("0.13025", 0.13025), ("inf", 0.18215), ("a lot", 0.18215)])
+def test_an_autoencoder_says_its_scale(said: str, scale: float, weights: Weights, tmp_path: Path) -> None:
+    tensors = weights("sd1")
+    path = written(tensors, tmp_path / "model.safetensors")
+    other = written(under(tensors, FIRST_STAGE), tmp_path / "vae.safetensors", {"ldm.scale_factor": said})
+    source = with_part(open_source(path), FIRST_STAGE, open_source(other))
+    assert detect(source).config.autoencoder.scale_factor == scale
+
+
 def test_each_of_two_towers_takes_the_place_of_its_kind(weights: Weights, tmp_path: Path) -> None:
     tensors = weights("sdxl")
     source = open_source(written(tensors, tmp_path / "model.safetensors"))
