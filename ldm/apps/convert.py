@@ -19,9 +19,12 @@ from ldm.pipeline.load import PREFIXES, PartKind
 from ldm.weights.adapters.apply import Use, plan
 from ldm.weights.architecture import autoencoder_config, under, unet_config
 from ldm.weights.config_json import CONFIG_KEY, config_from_json, config_to_json
+from ldm.weights.controlnet import DIFFERENCE, config_of, control_source
+from ldm.weights.controlnet import PREFIX as CONTROL
 from ldm.weights.detect import CHECKPOINT, detect, kind_of
 from ldm.weights.diffusers import DROPPED_METADATA
-from ldm.weights.diffusers_write import write_component, write_folder
+from ldm.weights.diffusers_write import write_component, write_controlnet, write_folder
+from ldm.weights.doctor.kinds import CONTROLNET
 from ldm.weights.find import Kind, locate, model_roots
 from ldm.weights.hashes import MODELSPEC_HASH, OWN_HASHES, full_hashes
 from ldm.weights.io import PICKLE_SUFFIXES, printable, read_header
@@ -246,6 +249,8 @@ def _convert_part(command: Convert, source: Source, to: str) -> Written:
     asked = {"--merge": command.merge, "--lora": command.lora, "--ema": command.ema == "use", "--prune": command.prune}
     if flag := next((flag for flag, value in asked.items() if value), None):
         raise LdmError(f"{printable(str(command.file))}: is {kind}; {flag} needs a whole checkpoint")
+    if kind == CONTROLNET:
+        return _convert_controlnet(command, source, to)
     prefix = next((p for p in (UNET, FIRST_STAGE) if all(name.startswith(p) for name in source.tensors)), None)
     if to == "single":
         bare = source if prefix is None else _bare(source, prefix)
@@ -263,6 +268,22 @@ def _convert_part(command: Convert, source: Source, to: str) -> Written:
         config, notes = _scaled(autoencoder_config(shapes), source)
     left = write_component(command.output, source, prefix, config, dtype=dtype)
     return Written(command.output, "diffusers folder", kind, _verify(command.output), _by_kind(left), notes)
+
+
+def _convert_controlnet(command: Convert, source: Source, to: str) -> Written:
+    """Without the base model that some files have beside it."""
+    control, dtype = control_source(source), DTYPES[command.dtype]
+    marked = any(name.startswith(CONTROL) for name in source.tensors)
+    left = _by_kind(name for name in source.tensors if marked and not name.startswith(CONTROL) and name != DIFFERENCE)
+    if to == "single":
+        named = renamed_source(control, {f"{CONTROL}{name}": name for name in control.tensors})
+        metadata = {key: value for key, value in source.metadata.items() if key not in DROPPED_METADATA}
+        write_stream(command.output, named.tensors, named.read, metadata, dtype)
+        return Written(command.output, "single file", CONTROLNET, _verify(command.output), left)
+    if DIFFERENCE in control.tensors:
+        raise LdmError(f"{printable(str(command.file))}: holds differences to a U-Net, which diffusers does not read")
+    write_controlnet(command.output, control, config_of(control), dtype=dtype)
+    return Written(command.output, "diffusers folder", CONTROLNET, _verify(command.output), left)
 
 
 def _bare(source: Source, prefix: str) -> Source:

@@ -98,6 +98,12 @@ def control_config(shapes: Shapes) -> ControlNetConfig:
     )
 
 
+def config_of(source: Source) -> ControlNetConfig:
+    """The config of a ControlNet from `control_source`, by its shapes and by what lies beside its file."""
+    shapes = {name: shape for name, shape in source.shapes.items() if name != DIFFERENCE}
+    return replace(control_config(shapes), pooled=_pooled(source))
+
+
 def made_for(unet: UNetConfig) -> str:
     """The family that a network with these widths belongs to, in words."""
     if unet.context_width is None:
@@ -130,8 +136,7 @@ def check_base(config: ControlNetConfig, base: UNetConfig) -> None:
 
 def _build(source: Source, base: UNet | None) -> ControlNet:
     """The network on `meta`, for tensors that are known to fit. Raises LdmError where they do not."""
-    config = control_config({name: info.shape for name, info in source.tensors.items() if name != DIFFERENCE})
-    config = replace(config, pooled=_pooled(source))
+    config = config_of(source)
     if base is not None:
         check_base(config, base.config)
         kept = {name: getattr(base.config, name) for name in ("heads", "head_width", "cross_only")}

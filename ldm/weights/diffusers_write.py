@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ldm.errors import LdmError
 from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.controlnet import ControlNetConfig
 from ldm.models.presets import SystemConfig, TextUse
 from ldm.models.tokenizer import END, LENGTH, START, vocabulary
 from ldm.models.unet import UNetConfig
@@ -26,7 +27,7 @@ from ldm.weights.config_json import CONFIG_KEY, config_to_json
 from ldm.weights.diffusers import DROPPED_METADATA
 from ldm.weights.io import TensorInfo
 from ldm.weights.layout import FIRST_STAGE, UNET, text_prefix
-from ldm.weights.rename import Names, autoencoder_names, split, split_shape, text_names, unet_names
+from ldm.weights.rename import Names, autoencoder_names, controlnet_names, split, split_shape, text_names, unet_names
 from ldm.weights.save import write_stream
 from ldm.weights.source import Source
 
@@ -97,6 +98,28 @@ def write_component(
         names, content = unet_names(config, vector), _unet(config, None, takes_sizes)
     else:
         names, content = autoencoder_names(config), _autoencoder(config, size=512)
+    return _write_network(path, source, prefix, names, content, dtype)
+
+
+def write_controlnet(
+    path: str | Path, source: Source, config: ControlNetConfig, *, dtype: torch.dtype | None = None
+) -> tuple[str, ...]:
+    """The same of a ControlNet, whose tensors have LDM's bare names."""
+    sized = config.unet.vector_width is not None  # there are none for unCLIP, whose vector is a picture's
+    content = _unet(config.unet, None, sized) | {
+        "_class_name": "ControlNetModel",
+        "conditioning_channels": config.hint_channels,
+        "conditioning_embedding_out_channels": config.hint_widths,
+        "global_pool_conditions": config.pooled,
+    }
+    for name in ("out_channels", "up_block_types", "sample_size"):
+        del content[name]
+    return _write_network(path, source, "", controlnet_names(config), content, dtype)
+
+
+def _write_network(
+    path: str | Path, source: Source, prefix: str, names: Names, content: Json, dtype: torch.dtype | None
+) -> tuple[str, ...]:
     part = theirs(source, prefix, names)
     with creating(path) as folder:
         write_stream(folder / "diffusion_pytorch_model.safetensors", part.tensors, part.read, {"format": "pt"}, dtype)

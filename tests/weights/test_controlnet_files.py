@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.controlnets.controlnet import ControlNetModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ldm.apps.cli import main
 from ldm.errors import LdmError
 from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.presets import SystemConfig, sd1, sd2, sdxl, sdxl_refiner, tiny
@@ -52,6 +53,22 @@ def their_arguments(system: SystemConfig) -> dict[str, Any]:
         "projection_class_embeddings_input_dim": unet.vector_width,
         **(vector if unet.vector_width else {}),
     }
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_converted_there_and_back(name, tmp_path):
+    state = state_of(tiny(SYSTEMS[name]))
+    save_file({f"control_model.{key}": tensor for key, tensor in state.items()}, tmp_path / "control.safetensors")
+    assert main(["convert", str(tmp_path / "control.safetensors"), str(tmp_path / "folder")]) == 0
+    theirs = ControlNetModel.from_pretrained(tmp_path / "folder", local_files_only=True)
+    names = controlnet_names(ControlNetConfig(tiny(SYSTEMS[name]).unet))
+    assert {piece.names[0] for piece in names.values()} == theirs.state_dict().keys()
+    assert all(torch.equal(theirs.state_dict()[names[key].names[0]], tensor) for key, tensor in state.items())
+    theirs.save_pretrained(tmp_path / "resaved")
+    assert main(["convert", str(tmp_path / "resaved"), str(tmp_path / "back.safetensors")]) == 0
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == {f"control_model.{key}" for key in state}
+    assert all(torch.equal(back[f"control_model.{key}"], tensor) for key, tensor in state.items())
 
 
 @pytest.mark.parametrize("layout", ["control_model", "bare", "with a base", "pickle"])
