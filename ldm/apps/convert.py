@@ -48,8 +48,10 @@ from ldm.weights.source import SCALE_KEY, Source, open_source, renamed_source, w
 DTYPES = {"same": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MARKS = "training marks"
 """What tensors are called by `not_needed_as` that tell other programs how to use the model: they outlive pruning."""
+NO_PLACE = "no place for it"
+"""What tensors are called that no other word is known for."""
 SHOWN = 40
-"""How many names of a kind are listed on the terminal; JSON has them all."""
+"""How many of their names are listed on the terminal; JSON has all of every kind."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,10 @@ def convert(command: Convert) -> None:
     for note in report.notes:
         print(f"  note: {note}")
     for kind, names in report.left_out.items():
-        print(f"  left out, {kind} ({len(names)}):")
-        print("\n".join(f"    {printable(name)}" for name in names[:SHOWN]))
-        if len(names) > SHOWN:
+        shown = names[:SHOWN] if kind == NO_PLACE else ()  # the others were meant to go: their number will do
+        print(f"  left out, {kind} ({len(names)})" + (":" if shown else ""))
+        print("".join(f"    {printable(name)}\n" for name in shown), end="")
+        if shown and len(names) > SHOWN:
             print(f"    and {len(names) - SHOWN} more, which --json lists")
 
 
@@ -314,7 +317,7 @@ def _verify(path: Path) -> dict[str, str]:
 def _by_kind(names: Any) -> dict[str, tuple[str, ...]]:
     kinds: dict[str, list[str]] = {}
     for name in sorted(names):
-        kind = not_needed_as(name) or "no place for it"
+        kind = not_needed_as(name) or NO_PLACE
         kinds.setdefault("EMA copies" if name.startswith(EMA) else kind, []).append(name)
     return {kind: tuple(names) for kind, names in kinds.items()}
 
