@@ -26,7 +26,7 @@ from ldm.pipeline.picture import OtherPart
 from ldm.types import Conditioning
 from ldm.weights.detect import Detection, detect
 from ldm.weights.find import locate, model_roots
-from ldm.weights.io import printable
+from ldm.weights.io import printable, some
 from ldm.weights.layout import FIRST_STAGE, TEXT, UNET, Comparison, Networks, build, compare
 from ldm.weights.save import save_networks
 from ldm.weights.source import Source, open_source, with_part
@@ -189,7 +189,7 @@ def warnings_of(detection: Detection, comparison: Comparison) -> tuple[str, ...]
     """What a user should be told unasked about a file that loads."""
     if not comparison.unknown:
         return detection.warnings
-    names = f"{len(comparison.unknown)} tensors belong to no network and were left out: {_some(comparison.unknown)}"
+    names = f"{len(comparison.unknown)} tensors belong to no network and were left out: {some(comparison.unknown)}"
     return (*detection.warnings, names)
 
 
@@ -220,13 +220,8 @@ def _misfit(comparison: Comparison, family: Family) -> str:
         ("of another shape or type", comparison.misshapen),
     )
     shown = max(1, 10 // sum(bool(names) for _, names in kinds))
-    lists = [f"{len(names)} {kind}: {_some(names, shown)}" for kind, names in kinds if names]
+    lists = [f"{len(names)} {kind}: {some(names, shown)}" for kind, names in kinds if names]
     return f"its tensors do not fit the networks of {family}; {'; '.join(lists)}"
-
-
-def _some(names: tuple[str, ...], shown: int = 10) -> str:
-    rest = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
 @torch.inference_mode()

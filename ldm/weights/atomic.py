@@ -34,9 +34,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise LdmError(
-            f"{printable(str(path))}: cannot be written: {error.strerror or error}; nothing was changed"
-        ) from error
+        raise _not_written(path, error) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -61,11 +59,13 @@ def creating(path: str | Path) -> Iterator[Path]:
         temporary.rename(path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise LdmError(
-            f"{printable(str(path))}: cannot be written: {error.strerror or error}; nothing was changed"
-        ) from error
+        raise _not_written(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _not_written(path: Path, error: OSError) -> LdmError:
+    return LdmError(f"{printable(str(path))}: cannot be written: {error.strerror or error}; nothing was changed")
 
 
 def _check_free(path: Path) -> None:

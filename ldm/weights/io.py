@@ -16,7 +16,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -121,6 +121,12 @@ class Header:
 def printable(text: str) -> str:
     """The text on one line, with everything that a terminal would obey instead of show written as an escape."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def some(names: Sequence[str], shown: int = 10) -> str:
+    """The first names, printable and on one line, and how many more there are."""
+    rest = len(names) - shown
+    return ", ".join(map(printable, names[:shown])) + (f" and {rest} more" if rest > 0 else "")
 
 
 def read_header(path: str | Path, *, whole: bool = True) -> Header:

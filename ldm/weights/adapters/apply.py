@@ -19,7 +19,7 @@ from ldm.weights.adapters.kinds import Kind, fits
 from ldm.weights.adapters.names import Target, Targets, spelled, targets
 from ldm.weights.adapters.read import Adapter
 from ldm.weights.architecture import Shapes
-from ldm.weights.io import printable
+from ldm.weights.io import printable, some
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,17 +117,12 @@ def _resolved(adapter: Adapter, places: Targets, family: str) -> dict[Target, Ki
     if lost or misshapen:
         kinds = ((lost, "match nothing in it"), (misshapen, "are of another shape"))
         lists = [
-            f"{len(names)} of its {len(adapter.parts)} modules {what}: {_some(names)}" for names, what in kinds if names
+            f"{len(names)} of its {len(adapter.parts)} modules {what}: {some(names)}" for names, what in kinds if names
         ]
         guess = meant_for(adapter)
         looks = f"; it looks made for {guess}" if guess else ""
         raise _error(adapter, f"does not suit this {family} model: {'; '.join(lists)}{looks}")
     return found
-
-
-def _some(names: list[str], shown: int = 10) -> str:
-    rest = len(names) - shown
-    return ", ".join(printable(name) for name in names[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _error(adapter: Adapter, message: str) -> LdmError:

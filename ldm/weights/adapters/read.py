@@ -20,7 +20,7 @@ from ldm.weights.adapters.peft import config_of, read_peft_configs
 from ldm.weights.adapters.roles import Part, part_of, role_of
 from ldm.weights.embeddings import BUNDLE
 from ldm.weights.hashes import KOHYA_HASH
-from ldm.weights.io import printable
+from ldm.weights.io import printable, some
 from ldm.weights.source import raw_source
 
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -106,10 +106,9 @@ def _modules(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
             _check_numbers(name, role, tensor)
             modules[module][role] = tensor
     if unknown:
-        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
         raise ValueError(
             f"{len(unknown)} of its {len(tensors)} tensors are of no kind of adapter that is read"
-            f" (LoRA, LoCon, LoHa, LoKr, (IA)^3, full, norm; not OFT, BOFT, GLoRA): {', '.join(unknown[:10])}{more}"
+            f" (LoRA, LoCon, LoHa, LoKr, (IA)^3, full, norm; not OFT, BOFT, GLoRA): {some(unknown)}"
         )
     if not modules:
         raise ValueError("holds no tensors of an adapter; expected a LoRA or one of its kin")
