@@ -20,6 +20,7 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.state import noised
 from ldm.models.unet import UNet
 from ldm.training.loop import Objective
+from ldm.training.whitening import Whitening
 from ldm.types import Conditioning
 
 Preview = Callable[[UNet, Path], None]
@@ -30,7 +31,8 @@ class LatentPictures:
     """What the network is trained on, encoded once.
 
     latents: (N, C, h, w); flips: (N,) bool, may picture i be mirrored; states: (M, tokens, width), of all captions;
-    first[i] .. first[i + 1] are the rows of `states` that describe picture i; empty: (tokens, width), of no caption.
+    first[i] .. first[i + 1] are the rows of `states` that describe picture i; empty: (tokens, width), of no caption;
+    whitening: what is done to the states before the network sees them.
     """
 
     latents: np.ndarray
@@ -38,6 +40,7 @@ class LatentPictures:
     states: np.ndarray
     first: np.ndarray
     empty: np.ndarray
+    whitening: Whitening
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -95,7 +98,7 @@ class DiffusionObjective(Objective):
             "noise": torch.randn(x0.shape, generator=generator),
             "timestep": timestep,
             "density": density[timestep].float(),
-            "states": torch.from_numpy(np.stack(states)).float(),
+            "states": data.whitening(torch.from_numpy(np.stack(states)).float()),
         }
 
     def compile(self) -> None:

@@ -24,8 +24,14 @@ from ldm.models.text_encoder import TextTower
 from ldm.models.tokenizer import tokenize
 from ldm.training.autoencoder import to_unit
 from ldm.training.diffusion import LatentPictures
+from ldm.training.whitening import whitening_of
 
 log = logging.getLogger(__name__)
+
+WORDS = slice(1, 14)
+"""The tokens whose states are measured for whitening: where words stand in most captions."""
+MEASURED = 3000
+"""About how many captions are measured."""
 
 
 @torch.no_grad()
@@ -95,7 +101,9 @@ def open_latents(folder: Path) -> LatentPictures:
     if not folder.is_dir():
         raise LdmError(f"{folder}: not found; encode the pictures and captions first (ldm train small-latents)")
     latents, flips, first, empty = (np.load(folder / f"{name}.npy") for name in ("latents", "flips", "first", "empty"))
-    return LatentPictures(latents, flips, np.load(folder / "states.npy", mmap_mode="r"), first, empty)
+    states = np.load(folder / "states.npy", mmap_mode="r")
+    words = np.concatenate([states[row, WORDS] for row in range(0, len(states), max(1, len(states) // MEASURED))])
+    return LatentPictures(latents, flips, states, first, empty, whitening_of(torch.from_numpy(words)))
 
 
 def _parts(pictures: np.ndarray, size: int) -> list[np.ndarray]:

@@ -31,6 +31,7 @@ from ldm.training.diffusion import DiffusionObjective
 from ldm.training.latents import centre_latents, encode_captions, encode_pictures, open_latents
 from ldm.training.loop import LoopConfig, train
 from ldm.training.sheets import save_sheet
+from ldm.training.whitening import fold, folded
 from ldm.weights.save import write_tensors
 
 log = logging.getLogger(__name__)
@@ -109,6 +110,11 @@ def train_unet(work: Workspace, loop: LoopConfig | None) -> None:
     if len(data) != len(records):
         raise LdmError(f"{work.stage('latents')}: {len(data)} latents for {len(records)} pictures; encode them again")
     model = _system(work)
+
+    def preview(unet: UNet, path: Path) -> None:
+        with folded(unet, data.whitening):
+            _preview(replace(model, unet=unet), previews, path)
+
     objective = DiffusionObjective(
         model.unet,
         model.schedule,
@@ -116,9 +122,10 @@ def train_unet(work: Workspace, loop: LoopConfig | None) -> None:
         data,
         held_out.tolist(),
         share=_shares(records),
-        preview=lambda unet, path: _preview(replace(model, unet=unet), previews, path),
+        preview=preview,
     )
     train(objective, loop, work.stage("unet")).swap(objective)
+    fold(model.unet, data.whitening)
     _save(model.unet, work.stage("unet") / "unet.safetensors")
 
 

@@ -17,6 +17,7 @@ from ldm.training.autoencoder import AutoencoderLoss, AutoencoderObjective, to_u
 from ldm.training.clip import CLIPObjective, encode_text, small_clip
 from ldm.training.diffusion import DiffusionObjective, LatentPictures
 from ldm.training.latents import centre_latents
+from ldm.training.whitening import Whitening
 from ldm.types import Conditioning
 
 TEXT = TextConfig(32, 2, 2, projection=16, names="open_clip", activation="gelu")
@@ -129,7 +130,8 @@ def latent_pictures(count: int = 10) -> LatentPictures:
     latents = generator.normal(size=(count, 4, 8, 8)).astype(np.float16)
     flips = np.arange(count) % 2 == 1
     states = np.arange(3 * count, dtype=np.float16)[:, None, None] * np.ones((1, 5, 6), np.float16)
-    return LatentPictures(latents, flips, states, np.arange(count + 1) * 3, np.full((5, 6), -1, np.float16))
+    plain = Whitening(torch.zeros(6), torch.eye(6))
+    return LatentPictures(latents, flips, states, np.arange(count + 1) * 3, np.full((5, 6), -1, np.float16), plain)
 
 
 class Oracle(UNet):
