@@ -83,7 +83,7 @@ def folded(unet: UNet, whitening: Whitening) -> Iterator[UNet]:
 def _shift(layer: CrossAttention, values: Tensor) -> None:
     """Have the layer answer as if `values` were added to the value of every token."""
     output = cast(nn.Linear, layer.to_out[0])
-    output.bias += output.weight @ values
+    output.bias.add_(output.weight @ values)
 
 
 def _cross_attentions(unet: UNet) -> list[CrossAttention]:
