@@ -203,11 +203,12 @@ def small(size: int = 128) -> SystemConfig:
             heads=None,
             head_width=32,
             linear_projections=True,
+            vector_width=192,
         ),
         autoencoder=AutoencoderConfig(
             base_channels=16, channel_mult=(1, 3, 5, 8), res_blocks=1, norm_groups=1, scale_factor=1.0
         ),
-        text=(TextUse(SMALL_TEXT, skip=1),),
+        text=(TextUse(SMALL_TEXT, skip=1, pooled=True),),
         prediction="v",
         size=size,
     )

@@ -20,27 +20,29 @@ from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.state import noised
 from ldm.models.unet import UNet
 from ldm.training.loop import Objective
-from ldm.training.whitening import Whitening
+from ldm.training.whitening import TextWhitening
 from ldm.types import Conditioning
 
 Preview = Callable[[UNet, Path], None]
+NO_CAPTION = -1
+"""The row of `LatentPictures.states` and `pooled` that is of no caption."""
 
 
 @dataclass(frozen=True)
 class LatentPictures:
     """What the network is trained on, encoded once.
 
-    latents: (N, C, h, w); flips: (N,) bool, may picture i be mirrored; states: (M, tokens, width), of all captions;
-    first[i] .. first[i + 1] are the rows of `states` that describe picture i; empty: (tokens, width), of no caption;
-    whitening: what is done to the states before the network sees them.
+    latents: (N, C, h, w); flips: (N,) bool, may picture i be mirrored; states: (M, tokens, width) and pooled: (M, P),
+    of all captions, the last row of no caption; first[i] .. first[i + 1] are the rows that describe picture i;
+    whitening: what is done to both before the network sees them.
     """
 
     latents: np.ndarray
     flips: np.ndarray
     states: np.ndarray
+    pooled: np.ndarray
     first: np.ndarray
-    empty: np.ndarray
-    whitening: Whitening
+    whitening: TextWhitening
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -75,7 +77,7 @@ class DiffusionObjective(Objective):
         self.held_out, self.drop, self.gamma, self.preview = list(held_out), drop, gamma, preview
 
     def batch(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """latents and noise (B, C, h, w), timestep and its density (B,), text states (B, N, D)."""
+        """latents and noise (B, C, h, w), timestep and its density (B,), text states (B, N, D) and pooled (B, P)."""
         chosen = torch.searchsorted(self.cumulative, torch.rand(count, generator=generator).double())
         chosen = chosen.clamp(max=len(self.data) - 1).tolist()
         return self._rows(chosen, self.density, generator, self.drop)
@@ -86,19 +88,19 @@ class DiffusionObjective(Objective):
         data = self.data
         timestep = torch.multinomial(density, len(chosen), replacement=True, generator=generator)
         draw = torch.rand(len(chosen), 3, generator=generator).tolist()
-        latents, states = [], []
+        latents, rows = [], []
         for i, (mirror, caption, leave_out) in zip(chosen, draw, strict=True):
             latents.append(data.latents[i, ..., ::-1] if data.flips[i] and mirror < 0.5 else data.latents[i])
             first, last = data.first[i], data.first[i + 1]
-            row = first + int(caption * (last - first))
-            states.append(data.empty if leave_out < drop else data.states[row])
+            rows.append(NO_CAPTION if leave_out < drop else first + int(caption * (last - first)))
         x0 = torch.from_numpy(np.stack(latents)).float()
         return {
             "latents": x0,
             "noise": torch.randn(x0.shape, generator=generator),
             "timestep": timestep,
             "density": density[timestep].float(),
-            "states": data.whitening(torch.from_numpy(np.stack(states)).float()),
+            "states": data.whitening.states(_rows_of(data.states, rows)),
+            "pooled": data.whitening.pooled(_rows_of(data.pooled, rows)),
         }
 
     def compile(self) -> None:
@@ -113,7 +115,9 @@ class DiffusionObjective(Objective):
         """The weighted error of each row, (B,)."""
         x0, noise = batch["latents"], batch["noise"]
         sigma = self.schedule.sigma(batch["timestep"])  # on the CPU in float64, where the schedule is
-        output, _ = self.denoiser.output(noised(x0, noise, sigma), sigma, Conditioning(cross=batch["states"]))
+        vector = None if self.unet.config.vector_width is None else batch["pooled"]
+        cond = Conditioning(cross=batch["states"], vector=vector)
+        output, _ = self.denoiser.output(noised(x0, noise, sigma), sigma, cond)
         target = training_target(self.prediction, x0, noise, sigma)
         error = (output.float() - target).square().flatten(1).mean(dim=1)
         weight = min_snr_weight(sigma, self.prediction, self.gamma).to(error)
@@ -131,3 +135,8 @@ class DiffusionObjective(Objective):
         if self.preview is not None:
             self.preview(self.unet, folder / f"samples-{step:06d}.png")
         return {"held_out": float(torch.cat(losses).mean())}
+
+
+def _rows_of(array: np.ndarray, rows: Sequence[int]) -> Tensor:
+    """Some rows of an array that may lie on disk, float32."""
+    return torch.from_numpy(np.stack([array[row] for row in rows])).float()

@@ -2,7 +2,7 @@
 
 FOLDER/latents.npy   float16 (N, z, h, w)   FOLDER/flips.npy   bool (N,), may picture i be mirrored
 FOLDER/states.npy    float16 (M, 77, D)     FOLDER/first.npy   int64 (N + 1,), captions of picture i
-FOLDER/empty.npy     float16 (77, D), the states of no caption
+FOLDER/pooled.npy    float16 (M, P)         the last row of both is of no caption
 
 They are written into a folder that gets its name when all of them are whole.
 """
@@ -24,7 +24,7 @@ from ldm.models.text_encoder import TextTower
 from ldm.models.tokenizer import tokenize
 from ldm.training.autoencoder import to_unit
 from ldm.training.diffusion import LatentPictures
-from ldm.training.whitening import whitening_of
+from ldm.training.whitening import TextWhitening, whitening_of
 
 log = logging.getLogger(__name__)
 
@@ -76,34 +76,38 @@ def encode_pictures(
 
 @torch.no_grad()
 def encode_captions(tower: TextTower, use: TextUse, records: Sequence[Record], folder: Path, batch: int = 256) -> None:
-    """Write states.npy, first.npy and empty.npy."""
+    """Write states.npy, pooled.npy and first.npy."""
     folder.mkdir(parents=True, exist_ok=True)
-    texts = [text for record in records for text in record["texts"]]
+    texts = [*(text for record in records for text in record["texts"]), ""]
     first = np.cumsum([0, *(len(record["texts"]) for record in records)])
-    shape = (len(texts), use.tower.tokens, use.tower.width)
-    states = np.lib.format.open_memmap(folder / "states.npy", mode="w+", dtype=np.float16, shape=shape)
+    widths = (use.tower.tokens, use.tower.width), (use.tower.projection or use.tower.width,)
+    states, pooled = (
+        np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.float16, shape=(len(texts), *width))
+        for name, width in zip(("states", "pooled"), widths, strict=True)
+    )
     for start in range(0, len(texts), batch):
-        states[start : start + batch] = _states(tower, use, texts[start : start + batch])
+        ids = [tokenize(text, use.tower.tokens, use.padding) for text in texts[start : start + batch]]
+        with torch.autocast("cpu", torch.bfloat16):
+            said = tower(torch.tensor(ids), use.skip, use.final_norm, pooled=True)
+        assert said.pooled is not None
+        states[start : start + batch] = said.states.float().numpy()
+        pooled[start : start + batch] = said.pooled.float().numpy()
         if start % (batch * 100) == 0:
             log.info("encoded %d of %d captions", start, len(texts))
     np.save(folder / "first.npy", first)
-    np.save(folder / "empty.npy", _states(tower, use, [""])[0])
-
-
-def _states(tower: TextTower, use: TextUse, texts: Sequence[str]) -> np.ndarray:
-    ids = torch.tensor([tokenize(text, use.tower.tokens, use.padding) for text in texts])
-    with torch.autocast("cpu", torch.bfloat16):
-        return tower(ids, use.skip, use.final_norm).states.float().numpy().astype(np.float16)
 
 
 def open_latents(folder: Path) -> LatentPictures:
     """What `encode_pictures` and `encode_captions` wrote, mapped into memory. Raises LdmError where it is not there."""
     if not folder.is_dir():
         raise LdmError(f"{folder}: not found; encode the pictures and captions first (ldm train small-latents)")
-    latents, flips, first, empty = (np.load(folder / f"{name}.npy") for name in ("latents", "flips", "first", "empty"))
+    latents, flips, pooled, first = (
+        np.load(folder / f"{name}.npy") for name in ("latents", "flips", "pooled", "first")
+    )
     states = np.load(folder / "states.npy", mmap_mode="r")
     words = np.concatenate([states[row, WORDS] for row in range(0, len(states), max(1, len(states) // MEASURED))])
-    return LatentPictures(latents, flips, states, first, empty, whitening_of(torch.from_numpy(words)))
+    whitening = TextWhitening(whitening_of(torch.from_numpy(words)), whitening_of(torch.from_numpy(pooled)))
+    return LatentPictures(latents, flips, states, pooled, first, whitening)
 
 
 def _parts(pictures: np.ndarray, size: int) -> list[np.ndarray]:

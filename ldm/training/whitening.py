@@ -1,11 +1,12 @@
-"""Text states made easy to learn from, and the U-Net that learned so made to take them as they are.
+"""What a text tower says made easy to learn from, and the U-Net that learned so made to take it as it is.
 
 A text tower says most of what it says along few directions: of ours, ten of 192 carry nine tenths of the variance
 (colours, styles), while what tells one noun from another is a hundredth as large. Adam moves all weights at one rate,
 so that a network on top of it learns nouns a hundred times later. Whitened states have about unit deviation in every
-direction. As keys and values are linear in the states, the change goes into the weights afterwards, exactly.
+direction. Keys, values and the vector's projection are linear in them, so the change goes into the weights afterwards,
+exactly.
 
-D: text width, N: tokens.
+D: text width.
 """
 
 from __future__ import annotations
@@ -46,33 +47,49 @@ def whitening_of(states: Tensor) -> Whitening:
     return Whitening(mean.float(), (directions * scale @ directions.T).float())
 
 
+@dataclass(frozen=True)
+class TextWhitening:
+    """Of the text states, and of the pooled vector where the U-Net takes one."""
+
+    states: Whitening
+    pooled: Whitening
+
+
 @torch.no_grad()
-def fold(unet: UNet, whitening: Whitening) -> None:
-    """Turn a U-Net that was trained on white states into the same one on plain states, in place.
+def fold(unet: UNet, whitening: TextWhitening) -> None:
+    """Turn a U-Net that was trained on white text into the same one on plain text, in place.
 
     Keys: the mean adds the same to every token's score, which softmax forgets. Values: the weights of attention add
     up to 1, so that the mean's value is a constant, which goes into the output's bias.
     """
     for layer in _cross_attentions(unet):
-        layer.to_k.weight.copy_(layer.to_k.weight @ whitening.matrix)
-        layer.to_v.weight.copy_(layer.to_v.weight @ whitening.matrix)
-        _shift(layer, -layer.to_v.weight @ whitening.mean)
+        layer.to_k.weight.copy_(layer.to_k.weight @ whitening.states.matrix)
+        layer.to_v.weight.copy_(layer.to_v.weight @ whitening.states.matrix)
+        _shift(cast(nn.Linear, layer.to_out[0]), -layer.to_v.weight @ whitening.states.mean)
+    for layer in _vector_projections(unet):
+        layer.weight.copy_(layer.weight @ whitening.pooled.matrix)
+        layer.bias.sub_(layer.weight @ whitening.pooled.mean)
 
 
 @torch.no_grad()
-def unfold(unet: UNet, whitening: Whitening) -> None:
-    """The way back from `fold`, to train a finished U-Net on white states."""
-    inverse = torch.linalg.inv(whitening.matrix.double()).to(whitening.matrix)
+def unfold(unet: UNet, whitening: TextWhitening) -> None:
+    """The way back from `fold`, to train a finished U-Net on white text."""
+    inverse = torch.linalg.inv(whitening.states.matrix.double()).to(whitening.states.matrix)
     for layer in _cross_attentions(unet):
-        _shift(layer, layer.to_v.weight @ whitening.mean)
+        _shift(cast(nn.Linear, layer.to_out[0]), layer.to_v.weight @ whitening.states.mean)
         layer.to_k.weight.copy_(layer.to_k.weight @ inverse)
         layer.to_v.weight.copy_(layer.to_v.weight @ inverse)
+    inverse = torch.linalg.inv(whitening.pooled.matrix.double()).to(whitening.pooled.matrix)
+    for layer in _vector_projections(unet):
+        layer.bias.add_(layer.weight @ whitening.pooled.mean)
+        layer.weight.copy_(layer.weight @ inverse)
 
 
 @contextlib.contextmanager
-def folded(unet: UNet, whitening: Whitening) -> Iterator[UNet]:
+def folded(unet: UNet, whitening: TextWhitening) -> Iterator[UNet]:
     """The U-Net folded for a while, and bit for bit what it was afterwards."""
-    kept = {name: tensor.clone() for name, tensor in unet.state_dict().items() if ".attn2." in name}
+    touched = (".attn2.", "label_emb.")
+    kept = {name: t.clone() for name, t in unet.state_dict().items() if any(part in name for part in touched)}
     fold(unet, whitening)
     try:
         yield unet
@@ -80,13 +97,19 @@ def folded(unet: UNet, whitening: Whitening) -> Iterator[UNet]:
         unet.load_state_dict(unet.state_dict() | kept)
 
 
-def _shift(layer: CrossAttention, values: Tensor) -> None:
-    """Have the layer answer as if `values` were added to the value of every token."""
-    output = cast(nn.Linear, layer.to_out[0])
+def _shift(output: nn.Linear, values: Tensor) -> None:
+    """Have an attention's output layer answer as if `values` were added to the value of every token."""
     output.bias.add_(output.weight @ values)
 
 
 def _cross_attentions(unet: UNet) -> list[CrossAttention]:
-    """The layers that look at the text."""
+    """The layers that look at the text states."""
     named = unet.named_modules()
     return [layer for name, layer in named if name.endswith(".attn2") and isinstance(layer, CrossAttention)]
+
+
+def _vector_projections(unet: UNet) -> list[nn.Linear]:
+    """The layer that looks at the vector, if there is one."""
+    if unet.config.vector_width is None:
+        return []
+    return [layer for name, layer in unet.named_modules() if name == "label_emb.0.0" and isinstance(layer, nn.Linear)]

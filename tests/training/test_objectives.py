@@ -17,7 +17,7 @@ from ldm.training.autoencoder import AutoencoderLoss, AutoencoderObjective, to_u
 from ldm.training.clip import CLIPObjective, encode_text, small_clip
 from ldm.training.diffusion import DiffusionObjective, LatentPictures
 from ldm.training.latents import centre_latents
-from ldm.training.whitening import Whitening
+from ldm.training.whitening import TextWhitening, Whitening
 from ldm.types import Conditioning
 
 TEXT = TextConfig(32, 2, 2, projection=16, names="open_clip", activation="gelu")
@@ -129,9 +129,11 @@ def latent_pictures(count: int = 10) -> LatentPictures:
     generator = np.random.default_rng(0)
     latents = generator.normal(size=(count, 4, 8, 8)).astype(np.float16)
     flips = np.arange(count) % 2 == 1
-    states = np.arange(3 * count, dtype=np.float16)[:, None, None] * np.ones((1, 5, 6), np.float16)
-    plain = Whitening(torch.zeros(6), torch.eye(6))
-    return LatentPictures(latents, flips, states, np.arange(count + 1) * 3, np.full((5, 6), -1, np.float16), plain)
+    caption = np.append(np.arange(3 * count), -1).astype(np.float16)  # the last one is none
+    states = caption[:, None, None] * np.ones((1, 5, 6), np.float16)
+    pooled = caption[:, None] * np.full((1, 4), 2, np.float16)
+    whitening = TextWhitening(*(Whitening(torch.zeros(width), torch.eye(width)) for width in (6, 4)))
+    return LatentPictures(latents, flips, states, pooled, np.arange(count + 1) * 3, whitening)
 
 
 class Oracle(UNet):
@@ -185,6 +187,7 @@ class TestDiffusion:
         batch = objective.batch(4000, torch.Generator().manual_seed(2))
         caption = batch["states"][:, 0, 0]
         dropped = caption == -1
+        assert torch.equal(batch["pooled"], (2 * caption)[:, None].expand(-1, 4)), "the same caption"
         assert float(dropped.float().mean()) == pytest.approx(0.1, abs=0.02)
         picture = (caption // 3).long()
         assert set(picture[~dropped].tolist()) == set(range(9)), "all pictures but the held-out one"
