@@ -17,7 +17,7 @@ It keeps nothing between calls and changes no tensor that it was given or has yi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -55,13 +55,23 @@ def shrink(x: Tensor, target: Tensor, keep: float) -> Tensor:
     return target + keep * (x - target)
 
 
-def slopes_average(sigma: float, sigma_next: float) -> bool:
-    """Whether the mean of the slopes at its two ends serves a step better than the slope at its start.
+def second_slope_helps(sigma: float, sigma_next: float) -> bool:
+    """Whether a slope at its middle or its end serves a step better than the slope at its start alone.
 
     Not if it ends at 0, where the slope is not known; and not if it starts in all but pure noise, from a sigma that
     stands for infinity (zero terminal SNR): that sigma multiplies the difference of the slopes.
     """
     return sigma_next > 0 and sigma < _PURE_NOISE
+
+
+def weights_for(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
+    """The weights w, one a node, with sum_k w_k * nodes_k^m = moments_m for m = 0, 1 ...
+
+    With the integrals of u^m as moments they integrate the polynomial through the values at the nodes.
+    """
+    powers = torch.arange(len(nodes), dtype=torch.float64)[:, None]
+    vandermonde = torch.tensor(nodes, dtype=torch.float64) ** powers
+    return torch.linalg.solve(vandermonde, torch.tensor(moments, dtype=torch.float64)).tolist()
 
 
 def ancestral_split(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ldm.samplers.common import denoise_at, intervals, shrink, slopes_average
+from ldm.samplers.common import denoise_at, intervals, second_slope_helps, shrink
 from ldm.types import Denoise, NoiseSource, Step
 
 
@@ -18,7 +18,7 @@ def heun(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Ite
     for index, sigma, sigma_next in intervals(sigmas):
         denoised = denoise_at(denoise, x, sigma)
         predicted = shrink(x, denoised, sigma_next / sigma)
-        if slopes_average(sigma, sigma_next):
+        if second_slope_helps(sigma, sigma_next):
             slope = (x - denoised) / sigma
             slope_next = (predicted - denoise_at(denoise, predicted, sigma_next)) / sigma_next
             x = predicted + (sigma_next - sigma) / 2 * (slope_next - slope)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ldm.samplers.common import denoise_at, intervals, shrink, slopes_average
+from ldm.samplers.common import denoise_at, intervals, second_slope_helps, shrink
 from ldm.types import Denoise, NoiseSource, Step
 
 _ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
@@ -24,7 +24,7 @@ def plms(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: NoiseSource) -> Ite
     for index, sigma, sigma_next in intervals(sigmas):
         denoised = denoise_at(denoise, x, sigma)
         slopes = [(x - denoised) / sigma, *slopes[:3]]
-        if index == 0 and slopes_average(sigma, sigma_next):
+        if index == 0 and second_slope_helps(sigma, sigma_next):
             ahead = shrink(x, denoised, sigma_next / sigma)
             slope = (slopes[0] + (ahead - denoise_at(denoise, ahead, sigma_next)) / sigma_next) / 2
         else:

@@ -9,10 +9,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from ldm.samplers.common import denoise_at, intervals, shrink
+from ldm.samplers.common import denoise_at, intervals, shrink, weights_for
 from ldm.types import Denoise, NoiseSource, Step
 
 Scaling = Literal["bh1", "bh2"]
@@ -77,6 +76,4 @@ def _weights(nodes: Sequence[float], h: float, scaling: Scaling) -> list[float]:
     for i in range(1, len(nodes) + 1):
         integral = 1 - i / h * integral
         integrals.append(integral)
-    powers = torch.arange(len(nodes), dtype=torch.float64)[:, None]
-    vandermonde = torch.tensor(nodes, dtype=torch.float64) ** powers
-    return torch.linalg.solve(vandermonde, torch.tensor(integrals, dtype=torch.float64)).tolist()
+    return weights_for(nodes, integrals)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.diffusion.consistency import consistency
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.guidance import guided
+from ldm.diffusion.guidance import Guidance, always, guided
 from ldm.diffusion.prediction import PredictionType
 from ldm.diffusion.schedule import NoiseSchedule, scaled_linear
 from ldm.diffusion.sigmas import end_above_zero, latent_consistency, leading, trailing
@@ -26,7 +26,9 @@ from ldm.samplers.dpmpp import dpmpp_2m, dpmpp_2m_sde, dpmpp_sde
 from ldm.samplers.euler import euler, euler_ancestral
 from ldm.samplers.heun import heun
 from ldm.samplers.lcm import lcm
+from ldm.samplers.multistep import deis
 from ldm.samplers.plms import plms
+from ldm.samplers.tcd import tcd
 from ldm.samplers.unipc import unipc
 from ldm.types import Conditioning, Denoise, NoiseSource
 
@@ -54,7 +56,7 @@ def schedule_of(scheduler: Any) -> NoiseSchedule:
 
 
 def denoise_with(schedule: NoiseSchedule, prediction: PredictionType = "eps", *, nearest: bool = False) -> Denoise:
-    return guided(Denoiser(network, schedule, prediction, nearest_timestep=nearest), Conditioning(), None, 1.0)
+    return guided(Denoiser(network, schedule, prediction, nearest_timestep=nearest), always(Conditioning()), Guidance())
 
 
 def drawn(seed: int) -> NoiseSource:
@@ -119,6 +121,7 @@ SDE = {"algorithm_type": "sde-dpmsolver++"}
 # Theirs is not a number for bh1 at sigma 0.
 ABOVE_ZERO = {"final_sigmas_type": "sigma_min", "lower_order_final": False}
 EULER, HEUN = "EulerDiscreteScheduler", "HeunDiscreteScheduler"
+DEIS = "DEISMultistepScheduler"
 ANCESTRAL = "EulerAncestralDiscreteScheduler"
 DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
 
@@ -131,6 +134,8 @@ CASES = {
     "dpmpp-2m": Case(DPM, LEADING, dpmpp_2m),
     "dpmpp-2m, karras": Case(DPM, SD | KARRAS, dpmpp_2m, nearest=True),
     "dpmpp-2m-sde": Case(DPM, TRAILING | SDE, dpmpp_2m_sde, draws=True),
+    "deis": Case(DEIS, LEADING | {"solver_order": 3, "lower_order_final": False}, deis),
+    "deis, order 2": Case(DEIS, TRAILING | {"lower_order_final": False}, partial(deis, order=2)),
     "unipc": Case(UNIPC, LEADING, unipc),
     "unipc, karras": Case(UNIPC, SD | KARRAS, unipc, nearest=True),
     "unipc, order 3": Case(UNIPC, TRAILING | {"solver_order": 3}, partial(unipc, order=3)),
@@ -212,6 +217,17 @@ def test_lcm(steps, noise):
     sigmas = latent_consistency(schedule, steps)
     theirs = preserving_states(scheduler, noise, sigmas, generator=torch.Generator().manual_seed(3))
     assert_same(lcm, consistency(denoise_with(schedule), schedule), noise, sigmas, theirs, drawn(3))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_tcd(steps, eta, noise):
+    scheduler = diffusers_scheduler("TCDScheduler", **SD, clip_sample=False)
+    scheduler.set_timesteps(steps)
+    schedule = schedule_of(scheduler)
+    sigmas = end_above_zero(latent_consistency(schedule, steps), schedule)
+    theirs = preserving_states(scheduler, noise, sigmas, eta=eta, generator=torch.Generator().manual_seed(3))
+    assert_same(partial(tcd, eta=eta), denoise_with(schedule), noise, sigmas, theirs, drawn(3))
 
 
 @pytest.mark.parametrize("karras", [False, True])
