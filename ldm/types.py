@@ -22,6 +22,7 @@ class Conditioning:
     concat:  (B, C, h, w) channels put beside the latent: mask, masked image, depth, low resolution
     control: residuals (B, C_i, h_i, w_i) added to the skips and the middle, from a control network
     controlled: (B, K) bool, which of K control networks are to act on each row; for what wraps a U-Net
+    perturbed: (B,) bool, in which rows the self-attention in the middle of the U-Net looks nowhere but at itself
     """
 
     cross: Tensor | None = None
@@ -29,6 +30,13 @@ class Conditioning:
     concat: Tensor | None = None
     control: tuple[Tensor, ...] = ()
     controlled: Tensor | None = None
+    perturbed: Tensor | None = None
+
+    @property
+    def row_shapes(self) -> tuple[object, ...]:
+        """The shape of a row of each part, None where it is not given: what must agree for `stack`."""
+        one = [getattr(self, f.name) for f in fields(self) if f.name != "control"]
+        return (*(None if t is None else t.shape[1:] for t in one), *(t.shape[1:] for t in self.control))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
         """Apply `function` to every tensor held."""
@@ -70,6 +78,7 @@ class Conditioning:
             concat=join([p.concat for p in parts], "concat"),
             control=tuple(torch.cat(level) for level in zip(*(p.control for p in parts), strict=True)),
             controlled=join([p.controlled for p in parts], "controlled"),
+            perturbed=join([p.perturbed for p in parts], "perturbed"),
         )
 
 

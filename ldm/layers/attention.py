@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -60,6 +61,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) ->
     return out.transpose(1, 2).reshape(b, n, d)
 
 
+def perturb(out: Tensor, values: Tensor, rows: Tensor | None) -> Tensor:
+    """What self-attention gives, (B, N, D), where in these rows, (B,) bool, each position has looked at itself alone.
+
+    The attention map is then the identity: perturbed-attention guidance (Ahn et al. 2024, eq. 14).
+    """
+    return out if rows is None else torch.where(rows[:, None, None], values, out)
+
+
 class CrossAttention(nn.Module):
     """Multi-head attention from `width` channels to a context; to itself where none is given.
 
@@ -74,10 +83,12 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_width or width, width, bias=False)
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x (B, N, D), context (B, M, context_width) -> (B, N, D)."""
+    def forward(self, x: Tensor, context: Tensor | None = None, perturbed: Tensor | None = None) -> Tensor:
+        """x (B, N, D), context (B, M, context_width), perturbed (B,) bool, see `perturb` -> (B, N, D)."""
         context = x if context is None else context
-        return self.to_out(attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+        values = self.to_v(context)
+        out = attend(self.to_q(x), self.to_k(context), values, self.heads)
+        return self.to_out(perturb(out, values, perturbed))
 
 
 class AttentionBlock(nn.Module):
@@ -94,11 +105,11 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv1d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, h, w) -> the same shape."""
+    def forward(self, x: Tensor, perturbed: Tensor | None = None) -> Tensor:
+        """x (B, C, h, w), perturbed (B,) bool, see `perturb` -> the shape of x."""
         b, c, h, w = x.shape
         flat = x.reshape(b, c, h * w)
         qkv = self.qkv(self.norm(flat)).view(b, self.heads, 3, c // self.heads, h * w)
         q, k, v = (t.reshape(b, c, h * w).transpose(1, 2) for t in qkv.unbind(dim=2))
-        out = attend(q, k, v, self.heads).transpose(1, 2)
+        out = perturb(attend(q, k, v, self.heads), v, perturbed).transpose(1, 2)
         return (flat + self.proj_out(out)).view(b, c, h, w)

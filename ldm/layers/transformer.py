@@ -52,9 +52,9 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (B, N, width), context (B, M, D) -> (B, N, width)."""
-        x = x + self.attn1(self.norm1(x), context if self.cross_only else None)
+    def forward(self, x: Tensor, context: Tensor, perturbed: Tensor | None = None) -> Tensor:
+        """x (B, N, width), context (B, M, D), rows (B,) of perturbed self-attention -> (B, N, width)."""
+        x = x + self.attn1(self.norm1(x), context if self.cross_only else None, perturbed)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -78,8 +78,8 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (B, C, h, w), context (B, M, D) -> (B, C, h, w)."""
+    def forward(self, x: Tensor, context: Tensor, perturbed: Tensor | None = None) -> Tensor:
+        """x (B, C, h, w), context (B, M, D), rows (B,) of perturbed self-attention -> (B, C, h, w)."""
         b, c, h, w = x.shape
         hidden = self.norm(x)
         if self.linear:
@@ -87,7 +87,7 @@ class SpatialTransformer(nn.Module):
         else:
             hidden = self.proj_in(hidden).flatten(2).transpose(1, 2)
         for block in self.transformer_blocks:
-            hidden = block(hidden, context)
+            hidden = block(hidden, context, perturbed)
         if self.linear:
             return x + self.proj_out(hidden).transpose(1, 2).reshape(b, c, h, w)
         return x + self.proj_out(hidden.transpose(1, 2).reshape(b, c, h, w))

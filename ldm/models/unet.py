@@ -73,14 +73,26 @@ Attention = SpatialTransformer | AttentionBlock
 class Stage(nn.ModuleList):
     """What stands between two skips: a residual block, its attention, a change of size. Numbered as on disk."""
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None, size: tuple[int, int] | None) -> Tensor:
-        """x (B, C, h, w), embedding (B, E), context (B, N, D), size of an upsampling's result -> (B, C', h', w')."""
+    def forward(
+        self,
+        x: Tensor,
+        embedding: Tensor,
+        context: Tensor | None,
+        size: tuple[int, int] | None = None,
+        perturbed: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, C, h, w), embedding (B, E), context (B, N, D) -> (B, C', h', w').
+
+        size: of an upsampling's result; perturbed: (B,) bool, the rows of perturbed self-attention.
+        """
         for part in self:
             match part:
                 case ResBlock():
                     x = part(x, embedding)
                 case SpatialTransformer():
-                    x = part(x, context)
+                    x = part(x, context, perturbed)
+                case AttentionBlock():
+                    x = part(x, perturbed)
                 case Upsample():
                     x = part(x, size)
                 case _:
@@ -115,12 +127,18 @@ class Contracting(nn.Module):
         return embedding
 
     def contract(
-        self, x: Tensor, timestep: Tensor, cond: Conditioning, hint: Tensor | None = None
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        cond: Conditioning,
+        hint: Tensor | None = None,
+        perturbed: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """x (B, C, h, w), timestep (B,), cond -> the embedding (B, E), every skip (B, C_i, h_i, w_i), and the middle.
 
-        hint: (1 or B, model_channels, h, w), added behind the first convolution. Raises ValueError where `cond` lacks
-        the text states or the vector that this network was built for.
+        hint: (1 or B, model_channels, h, w), added behind the first convolution; perturbed: (B,) bool, the rows of
+        perturbed self-attention in the middle. Raises ValueError where `cond` lacks the text states or the vector that
+        this network was built for.
         """
         if cond.cross is None and self._takes_text:
             raise ValueError("this network needs Conditioning.cross")
@@ -128,11 +146,11 @@ class Contracting(nn.Module):
         hidden = x if cond.concat is None else torch.cat([x, cond.concat], dim=1)
         skips: list[Tensor] = []
         for stage in self.input_blocks:
-            hidden = stage(hidden, embedding, cond.cross, None)
+            hidden = stage(hidden, embedding, cond.cross)
             if hint is not None and not skips:
                 hidden = hidden + hint
             skips.append(hidden)
-        return embedding, skips, self.middle_block(hidden, embedding, cond.cross, None)
+        return embedding, skips, self.middle_block(hidden, embedding, cond.cross, perturbed=perturbed)
 
 
 class UNet(Contracting):
@@ -150,7 +168,7 @@ class UNet(Contracting):
 
         Raises ValueError where `cond` lacks the text states or the vector that this network was built for.
         """
-        embedding, skips, hidden = self.contract(x, timestep, cond)
+        embedding, skips, hidden = self.contract(x, timestep, cond, perturbed=cond.perturbed)
         if cond.control:
             *levels, middle = cond.control
             hidden = hidden + middle
