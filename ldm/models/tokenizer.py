@@ -12,7 +12,7 @@ import html
 import importlib.util
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from types import MappingProxyType
 
@@ -20,7 +20,7 @@ import regex
 
 from ldm.errors import LdmError
 
-START, END = 49406, 49407
+START, END, COMMA = 49406, 49407, 267
 LENGTH = 77
 _MARKS = ("<start_of_text>", "<end_of_text>")
 _MERGES = 49152 - 256 - 2
@@ -40,8 +40,12 @@ def tokenize(
 
     padding is 0 for OpenCLIP towers and `END` for CLIP-L (SD 1.x); words: see `word_ids`.
     """
-    ids = [START, *word_ids(text, words)[: length - 2], END]
-    return ids + [padding] * (length - len(ids))
+    return framed(word_ids(text, words)[: length - 2], length, padding)
+
+
+def framed(ids: Sequence[int], length: int = LENGTH, padding: int = 0) -> list[int]:
+    """At most `length` - 2 ids between start and end, and padding behind them."""
+    return [START, *ids, END] + [padding] * (length - 2 - len(ids))
 
 
 def word_ids(text: str, words: Mapping[str, Sequence[int]] = NO_WORDS) -> list[int]:
@@ -49,12 +53,30 @@ def word_ids(text: str, words: Mapping[str, Sequence[int]] = NO_WORDS) -> list[i
 
     words: names that stand for ids of their own (textual-inversion embeddings), found as `split_at_names` says.
     """
-    ids: list[int] = []
+    return list(chain.from_iterable(word_groups(text, words)))
+
+
+def word_groups(text: str, words: Mapping[str, Sequence[int]] = NO_WORDS) -> list[Sequence[int]]:
+    """`word_ids` in groups that belong together: those of a name are one, every other id is by itself."""
+    groups: list[Sequence[int]] = []
     for part, name in split_at_names(text, words):
-        for piece in _PIECES.findall(part):
-            ids += _piece_ids(piece)
-        ids += words[name] if name else ()
-    return ids
+        groups += ((id_,) for piece in _PIECES.findall(part) for id_ in _piece_ids(piece))
+        groups += [words[name]] if name else []
+    return groups
+
+
+def text_of(ids: Iterable[int], words: Mapping[str, Sequence[int]] = NO_WORDS) -> str:
+    """What ids read as: the words of `word_ids`, mended and in small letters, a space behind each; names as names."""
+    symbols, alphabet = _symbols(), {character: byte for byte, character in _byte_alphabet().items()}
+    names = {ids[0]: f"{name} ".encode() for name, ids in words.items()}
+    text = bytearray()
+    for id_ in ids:
+        if id_ < len(symbols):
+            symbol = symbols[id_]
+            text += bytes(alphabet[character] for character in symbol.removesuffix("</w>"))
+            text += b" " if symbol.endswith("</w>") else b""
+        text += names.get(id_, b"")
+    return text.decode(errors="replace").strip()
 
 
 def split_at_names(text: str, names: Iterable[str]) -> list[tuple[str, str]]:
@@ -148,6 +170,12 @@ def _tables() -> tuple[dict[str, int], dict[tuple[str, str], int], dict[int, str
     ]
     ids = {symbol: index for index, symbol in enumerate([*symbols, *_MARKS])}
     return ids, {pair: rank for rank, pair in enumerate(pairs)}, alphabet
+
+
+@functools.cache
+def _symbols() -> list[str]:
+    """The symbol of every id."""
+    return list(_tables()[0])
 
 
 def _byte_alphabet() -> dict[int, str]:
