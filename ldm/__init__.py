@@ -16,15 +16,27 @@ if TYPE_CHECKING:
     from ldm.errors import LdmError
     from ldm.pipeline.latent_diffusion import LatentDiffusion
     from ldm.pipeline.load import load
-    from ldm.pipeline.request import Control, GenerateRequest
+    from ldm.pipeline.request import Apg, Control, GenerateRequest, HighRes
     from ldm.weights.adapters.read import read_adapter
 
 __version__ = "0.1.0"
-__all__ = ["Control", "GenerateRequest", "LatentDiffusion", "LdmError", "__version__", "load", "read_adapter"]
+__all__ = [
+    "Apg",
+    "Control",
+    "GenerateRequest",
+    "HighRes",
+    "LatentDiffusion",
+    "LdmError",
+    "__version__",
+    "load",
+    "read_adapter",
+]
 
 _HOMES = {
+    "Apg": "ldm.pipeline.request",
     "Control": "ldm.pipeline.request",
     "GenerateRequest": "ldm.pipeline.request",
+    "HighRes": "ldm.pipeline.request",
     "LatentDiffusion": "ldm.pipeline.latent_diffusion",
     "LdmError": "ldm.errors",
     "load": "ldm.pipeline.load",

@@ -126,7 +126,7 @@ def named(model: LatentDiffusion, name: str) -> ControlNet:
     raise LdmError(f"control: network: found {name!r}, expected one that the model was given: {given}")
 
 
-def told(cond: Conditioning, hints: tuple[Hint, ...], *, wanted: bool) -> Conditioning:
+def acted_on(cond: Conditioning, hints: tuple[Hint, ...], *, wanted: bool) -> Conditioning:
     """`cond` of batch 1 with word of which hints act on it; wanted: False for the unconditional side of guidance."""
     acts = [wanted or not hint.on_prompt_alone for hint in hints]
     return cond.with_(controlled=torch.tensor([acts], device=hints[0].picture.device)) if hints else cond

@@ -16,6 +16,12 @@ from ldm.errors import LdmError
 
 MAX_STEM_BYTES = 80
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+"""What pictures are written as, by the ending of their name."""
+
+OTHER_SUFFIXES = (".gif", ".avif", ".jxl", ".bmp", ".tif", ".tiff")
+"""Endings that mean a picture and no folder, of a kind that is not written."""
+
 
 def read_file(path: Path, limit: int) -> bytes:
     """The content of a plain file of at most `limit` bytes.
@@ -43,7 +49,7 @@ def stem_of(prompt: str) -> str:
 
 
 def check_output(output: Path) -> None:
-    """Raise `LdmError` early where `output`, a .png file or a folder, can never be written."""
+    """Raise `LdmError` early where `output`, a picture's file or a folder, can never be written."""
     try:
         _check_output(output)
     except OSError as error:  # a name too long, a folder that may not be looked into
@@ -52,11 +58,15 @@ def check_output(output: Path) -> None:
 
 def _check_output(output: Path) -> None:
     if str(output) == "-":
-        raise LdmError("output: found -, expected a .png file or a folder; pictures are not written to the terminal")
+        raise LdmError(
+            "output: found -, expected a .png, .jpg or .webp file or a folder; pictures are not written to the terminal"
+        )
     if names_file(output) and output.is_dir():
-        raise LdmError(f"{output}: is a folder, expected a .png file's name; choose another")
-    if not names_file(output) and (output.is_file() or output.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif")):
-        raise LdmError(f"{output}: expected a name that ends in .png, or a folder")
+        raise LdmError(f"{output}: is a folder, expected a picture file's name; choose another")
+    if not names_file(output) and (
+        output.is_file() or output.suffix.lower() in (".gif", ".avif", ".jxl", ".bmp", ".tif", ".tiff")
+    ):
+        raise LdmError(f"{output}: expected a name that ends in .png, .jpg or .webp, or a folder")
     existing = output.parent if names_file(output) else output
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
@@ -68,7 +78,7 @@ def _check_output(output: Path) -> None:
 
 def names_file(output: Path) -> bool:
     """Whether an output path means one file, and not a folder."""
-    return output.suffix.lower() == ".png"
+    return output.suffix.lower() in PICTURE_SUFFIXES
 
 
 def output_path(output: Path, prompt: str, seed: int) -> Path:

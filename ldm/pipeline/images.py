@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,31 @@ def read_picture(data: bytes) -> Image.Image:
     The format is told by the content. EXIF orientation is applied, transparency laid over white. Raises `LdmError`
     for anything else, for a truncated file, and above 20 MiB or 16 Mpx.
     """
+    return _read(data, _flat)
+
+
+def read_mask(data: bytes) -> Image.Image:
+    """The same for a mask -> an upright image of mode L; see `as_mask`."""
+    return _read(data, as_mask)
+
+
+def as_mask(image: Image.Image) -> Image.Image:
+    """Any image -> its luminance, mode L, 255 is redrawn; what is transparent was not painted on, and is kept."""
+    return _flat(image, "black").convert("L")
+
+
+def read_levels(data: bytes) -> Image.Image:
+    """The same for a depth map of 8 or 16 bit -> an upright image of mode F, 0 black ... 65535 white."""
+    return _read(data, _levels)
+
+
+def _levels(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        return image.convert("I").convert("F")
+    return as_mask(image).convert("F").point(lambda level: level * 257)
+
+
+def _read(data: bytes, flat: Callable[[Image.Image], Image.Image]) -> Image.Image:
     if not data:
         raise LdmError("image: found an empty file, expected a PNG, JPEG or WebP picture")
     if len(data) > MAX_BYTES:
@@ -52,7 +78,7 @@ def read_picture(data: bytes) -> Image.Image:
         raise LdmError(f"image: found {width}x{height}, expected at most {MAX_PIXELS} pixels; scale it down")
     try:
         image.load()
-        return _flat(ImageOps.exif_transpose(image))
+        return flat(ImageOps.exif_transpose(image))
     except DAMAGED:
         raise LdmError("image: found a truncated or damaged picture; get the file again") from None
 
@@ -66,7 +92,7 @@ def picture_bytes(image: bytes | str | Path | Image.Image) -> bytes:
         return image
     if isinstance(image, Image.Image):
         buffer = io.BytesIO()
-        _flat(image).save(buffer, "PNG")
+        (image if image.mode == "I;16" else _flat(image)).save(buffer, "PNG")
         return buffer.getvalue()
     return read_file(Path(image), MAX_BYTES)
 
@@ -98,13 +124,13 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def _flat(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB. 16-bit grey is scaled down (Pillow alone would cut it), transparency is laid over white."""
+def _flat(image: Image.Image, ground: str = "white") -> Image.Image:
+    """Any mode -> RGB. 16-bit grey is scaled down (Pillow alone would cut it), transparency is laid over the ground."""
     if image.mode.startswith("I"):
         return image.point(lambda level: level / 257).convert("L").convert("RGB")
     if image.has_transparency_data:
         above = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", above.size, "white"), above).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", above.size, ground), above).convert("RGB")
     return image.convert("RGB")
 
 

@@ -24,12 +24,14 @@ from ldm.models.image_encoder import ImageTower
 from ldm.models.noise_augmentor import NoiseAugmentor
 from ldm.models.presets import SystemConfig
 from ldm.models.text_encoder import TextTower
-from ldm.models.tokenizer import tokenize, word_ids
+from ldm.models.tokenizer import text_of
 from ldm.models.unet import UNet
 from ldm.pipeline.adapters import AdapterChoice, AppliedAdapter, with_adapters
 from ldm.pipeline.embeddings import fitted, words_of
-from ldm.pipeline.images import picture_bytes
+from ldm.pipeline.emphasis import MAX_CHUNKS, encode_chunks, token_chunks
+from ldm.pipeline.images import as_mask, picture_bytes, to_tensor
 from ldm.pipeline.picture import OtherPart, Picture
+from ldm.pipeline.prompt import Emphasis
 from ldm.pipeline.request import GenerateRequest
 from ldm.pipeline.unclip import image_vector
 from ldm.types import Conditioning
@@ -57,6 +59,11 @@ class Origin:
     warnings: tuple[str, ...] = ()
     parts: tuple[OtherPart, ...] = ()
 
+    @cached_property
+    def as_refiner(self) -> tuple[OtherPart, ...]:
+        """The file as what metadata calls the refiner of another model's pictures; none where there is no file."""
+        return () if self.path is None else (OtherPart("refiner", self.path),)
+
     @property
     def name(self) -> str | None:
         """The file's name without its ending."""
@@ -72,6 +79,7 @@ class LatentDiffusion:
     embeddings: what prompts may use by name, see `with_embeddings`
     adapters:   those it has, see `with_adapters`; originals: what they changed, as it was, by its name in a file
     controls:   see `with_controls`
+    refiner:    see `with_refiner`
     """
 
     config: SystemConfig
@@ -87,6 +95,7 @@ class LatentDiffusion:
     adapters: tuple[AppliedAdapter, ...] = ()
     originals: Mapping[str, Tensor] = field(default_factory=dict)
     controls: Mapping[str, ControlNet] = field(default_factory=dict)
+    refiner: LatentDiffusion | None = None
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
@@ -133,6 +142,19 @@ class LatentDiffusion:
             self, controls={name: read(locate("controlnet", path, roots)) for name, path in controls.items()}
         )
 
+    def with_refiner(self, refiner: LatentDiffusion) -> LatentDiffusion:
+        """A model that hands its pictures over to another one at a request's `refine_at` (SDXL's base and refiner).
+
+        Raises `LdmError` where the two do not share a latent space.
+        """
+        mine, other = self.config.autoencoder, refiner.config.autoencoder
+        if (mine.latent_channels, mine.downsampling) != (other.latent_channels, other.downsampling):
+            raise LdmError(
+                f"refiner: its latents have {other.latent_channels} channels at 1/{other.downsampling} of the size,"
+                f" expected {mine.latent_channels} at 1/{mine.downsampling}; use one made for this model"
+            )
+        return replace(self, refiner=refiner)
+
     def denoiser(self) -> Denoiser:
         """The U-Net as a function (x, sigma, cond) -> estimate of the clean latent."""
         return Denoiser(self.unet, self.schedule, self.config.prediction)
@@ -149,16 +171,24 @@ class LatentDiffusion:
         *,
         width: int | None = None,
         height: int | None = None,
+        original_size: tuple[int, int] | None = None,
+        crop: tuple[int, int] = (0, 0),
         clip_skip: int | None = None,
         wanted: bool = True,
         zeros: bool = False,
+        emphasis: Emphasis = "a1111",
     ) -> Conditioning:
         """A prompt -> `Conditioning` of batch 1: text states (1, N, D) and, where the U-Net takes one, a vector.
 
+        N is the towers' 77 places for each chunk of the prompt. It is one prompt at one step: what AND, [from:to:when]
+        and <lora:...> mean is for `ldm.pipeline.prompt`.
+
         width, height: of the picture, for models that are told its size; None: the model's own
+        original_size, crop: (width, height) and (left, top), see `GenerateRequest`; for models that are told them
         clip_skip:     the text layer that is looked at, counted from the last one, 1; None: as the model was trained
         wanted:        False for a negative prompt: the SDXL refiner is told a lower score
         zeros:         zeros in place of all that the towers say
+        emphasis:      how weights are written, and what they do
 
         Raises `LdmError` when a tower has no such layer or says something that is not finite.
         """
@@ -168,21 +198,25 @@ class LatentDiffusion:
             if skip >= use.tower.layers:
                 raise LdmError(f"clip_skip: found {clip_skip}, expected 1 to {use.tower.layers}, this model's layers")
             words, vectors = words_of(self.embeddings, index, use.tower.vocabulary)
-            ids = torch.tensor([tokenize(prompt, use.tower.tokens, use.padding, words)], device=self.device)
-            encoded = tower(ids, skip, use.final_norm, use.pooled, vectors)
+            chunks = token_chunks(prompt, use.tower.tokens - 2, words, emphasis)[:MAX_CHUNKS]
+            encoded = encode_chunks(chunks, tower, use, skip, vectors, emphasis, self.device)
             states.append(encoded.states)
             if encoded.pooled is not None:
                 pooled.append(encoded.pooled)
         cross = torch.cat(states, dim=-1)
         if not torch.isfinite(cross).all():
-            raise LdmError("text encoder: its states are not finite; the file is damaged, or try --dtype float32")
+            raise LdmError(
+                "text encoder: its states are not finite; the file is damaged, or a weight in the prompt is too large, "
+                "or try --dtype float32"
+            )
         vector = torch.cat(pooled, dim=-1) if pooled else None
         if zeros:
             cross, vector = torch.zeros_like(cross), None if vector is None else torch.zeros_like(vector)
         if self.config.image is not None:  # no picture: as in a quarter of its training
             vector = cross.new_zeros(1, 2 * self.config.image.tower.projection)
         if vector is not None and self.config.sizes_in_vector:
-            features = self._size_features(width or self.config.size, height or self.config.size, wanted)
+            size = width or self.config.size, height or self.config.size
+            features = self._size_features(size, original_size or size, crop, wanted)
             vector = torch.cat([vector, features.to(vector)], dim=-1)
         return Conditioning(cross=cross, vector=vector)
 
@@ -195,22 +229,43 @@ class LatentDiffusion:
         """
         return image_vector(self, picture_bytes(image), noise_level, seed)
 
-    def _size_features(self, width: int, height: int, wanted: bool) -> Tensor:
+    @torch.inference_mode()
+    def latent_of(self, image: Image.Image) -> Tensor:
+        """An RGB picture with sides that are multiples of the downsampling -> its latent's mean, (1, z, h, w) float32.
+
+        Raises `LdmError` where that is not finite.
+        """
+        weights = next(self.autoencoder.parameters())
+        latent = self.autoencoder.encode(to_tensor(image)[None].to(weights)).float()
+        if not torch.isfinite(latent).all():
+            raise LdmError(
+                "autoencoder: the picture's latent is not finite; the file is damaged, or try --dtype float32"
+            )
+        return latent
+
+    def _size_features(
+        self, size: tuple[int, int], original_size: tuple[int, int], crop: tuple[int, int], wanted: bool
+    ) -> Tensor:
         """Original size, crop corner and target size, or for the refiner a score in place of the last, (1, 256 n).
 
-        Podell et al. 2023, section 2.2. The picture is said to be uncropped and to have its own size.
+        Podell et al. 2023, section 2.2. All are told as (height, width), (top, left).
         """
-        last = [height, width] if self.config.sizes_in_vector == 6 else [WANTED_SCORE if wanted else UNWANTED_SCORE]
-        numbers = [height, width, 0, 0, *last]
+        score = WANTED_SCORE if wanted else UNWANTED_SCORE
+        if self.config.sizes_in_vector == 6:
+            last = size[::-1]
+        else:  # of the crop the refiner's negative side is told nothing, as in diffusers
+            last, crop = (score,), crop if wanted else (0, 0)
+        numbers = [*original_size[::-1], *crop[::-1], *last]
         return sinusoidal_embedding(torch.tensor(numbers, device=self.device), SIZE_FEATURES).reshape(1, -1)
 
-    def words_cut(self, prompt: str) -> int:
-        """How many of the prompt's tokens do not fit into the text towers and are left out."""
+    def words_cut(self, prompt: str, emphasis: Emphasis = "a1111") -> str:
+        """The words at the prompt's end that are left out, since it has more than `MAX_CHUNKS` chunks; mostly none."""
         if not self.config.text:
-            return 0
-        room = min(use.tower.tokens for use in self.config.text) - 2  # start and end
-        words, _ = words_of(self.embeddings, 0, self.config.text[0].tower.vocabulary)
-        return max(0, len(word_ids(prompt, words)) - room)
+            return ""
+        tower = self.config.text[0].tower
+        words, _ = words_of(self.embeddings, 0, tower.vocabulary)
+        cut = token_chunks(prompt, tower.tokens - 2, words, emphasis)[MAX_CHUNKS:]
+        return text_of((token.id for chunk in cut for token in chunk), words)
 
     def generate(self, request: str | GenerateRequest, **fields: Any) -> list[Picture]:
         """Draw pictures: a prompt and fields of `GenerateRequest`, or a request and changes to it.
@@ -229,3 +284,45 @@ class LatentDiffusion:
         from ldm.tasks import draw
 
         return draw(self, request, fields | {"image": picture_bytes(image)})
+
+    def upscale(
+        self, request: str | GenerateRequest, image: bytes | str | Path | Image.Image, **fields: Any
+    ) -> list[Picture]:
+        """A picture four times as large, by the x4 upscaler. `request` says what the picture shows; it may be ""."""
+        from ldm.tasks import draw, upscale
+
+        return draw(self, request, fields | {"image": picture_bytes(image)}, upscale)
+
+    def variations(
+        self, request: str | GenerateRequest, image: bytes | str | Path | Image.Image, **fields: Any
+    ) -> list[Picture]:
+        """Pictures like another one, by SD 2.1 unCLIP. `request` may be ""."""
+        from ldm.tasks import draw
+
+        return draw(self, request, fields | {"vary": picture_bytes(image)})
+
+    def depth_to_image(
+        self, request: str | GenerateRequest, depth: bytes | str | Path | Image.Image, **fields: Any
+    ) -> list[Picture]:
+        """Pictures with a depth map's depth, by SD 2 depth; from noise, or from `image=` a file's bytes.
+
+        `ldm.models.depth.estimate` makes a map of a picture.
+        """
+        from ldm.tasks import depth2img, draw
+
+        return draw(self, request, fields | {"depth": picture_bytes(depth)}, depth2img)
+
+    def inpaint(
+        self,
+        request: str | GenerateRequest,
+        image: bytes | str | Path | Image.Image,
+        mask: bytes | str | Path | Image.Image,
+        **fields: Any,
+    ) -> list[Picture]:
+        """`generate` within a picture, where the mask is white: all else stays bit for bit. Both as files' bytes, paths
+        or PIL images; see `GenerateRequest` for `mask_blur`, `mask_fill`, `only_masked` ..."""
+        from ldm.tasks import draw
+
+        if not isinstance(mask, bytes | str | Path):
+            mask = as_mask(mask)
+        return draw(self, request, fields | {"image": picture_bytes(image), "mask": picture_bytes(mask)})

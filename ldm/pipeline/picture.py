@@ -1,4 +1,4 @@
-"""One picture, and the PNG file that says how it was made: AUTOMATIC1111's `parameters` text, and our request as JSON.
+"""One picture, and the file that says how it was made: AUTOMATIC1111's text, and our request as JSON.
 
 Other programs read the first, `ldm.pipeline.metadata` the second.
 """
@@ -12,33 +12,23 @@ import re
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, cast
 
 from PIL import Image, PngImagePlugin
 
 from ldm import __version__
+from ldm.pipeline import infotext
 from ldm.pipeline.adapters import AppliedAdapter
+from ldm.pipeline.exif import JPEG_LIMIT, KEYWORD, exif_bytes
 from ldm.pipeline.files import write_new
-from ldm.pipeline.request import Control, GenerateRequest
+from ldm.pipeline.names import SCHEDULE_TITLES, ScheduleName
+from ldm.pipeline.request import GenerateRequest
 from ldm.samplers import SAMPLERS
-
-KEYWORD = "ldm"
-"""The PNG text chunk that holds our JSON."""
-
-SCHEDULE_TITLES = {
-    "karras": "Karras",
-    "exponential": "Exponential",
-    "sgm-uniform": "SGM Uniform",
-    "linspace": "Uniform",
-    "leading": "DDIM",
-    "trailing": "Trailing",
-    "lcm": "LCM",
-}
-"""Other programs' names of the sigma schedules; the last two are ours, as they have none."""
 
 
 @dataclass(frozen=True)
 class OtherPart:
-    """A part of a model that was taken from a file of its own. kind: "unet", "vae" or "text encoder"."""
+    """A part of a model that has a file of its own. kind: "unet", "vae", "text encoder" or "refiner"."""
 
     kind: str
     path: Path
@@ -86,21 +76,37 @@ class Picture:
     parts: tuple[OtherPart, ...] = ()
 
     def save(self, path: str | Path, *, model_hash: str | None = None) -> Path:
-        """Write a PNG with all metadata at `path`, or at path-2, path-3 ... where that is taken. Returns the path.
+        """Write a picture with all metadata at `path`, or at path-2, path-3 ... where that is taken. Returns the path.
 
-        model_hash: the SHA-256 of the model's file, in hexadecimal. Raises `LdmError` where it cannot be written; then
-        there is no file, and the picture is still in memory.
+        The name's ending says which kind: .jpg, .jpeg and .webp are lossy, of quality 95 and with colours at full
+        resolution; whatever else is a PNG, which alone keeps every pixel as it is. model_hash: the SHA-256 of the
+        model's file, in hexadecimal. Raises `LdmError` where it cannot be written; then there is no file, and the
+        picture is still in memory.
         """
-        buffer = io.BytesIO()
-        self.image.save(buffer, "PNG", pnginfo=png_text(self, model_hash))
-        return write_new(Path(path), buffer.getvalue())
+        return write_new(Path(path), encoded(self, Path(path).suffix.lower(), model_hash))
 
 
-def png_text(picture: Picture, model_hash: str | None = None) -> PngImagePlugin.PngInfo:
-    """Both text chunks of a picture. model_hash: the SHA-256 of the model's file, in hexadecimal."""
-    info = PngImagePlugin.PngInfo()
-    info.add_text("parameters", parameters_text(picture, model_hash))
-    record = {
+def encoded(picture: Picture, suffix: str = ".png", model_hash: str | None = None) -> bytes:
+    """A file's bytes, see `Picture.save`. A JPEG has no room for our JSON beside some thousand signs of other scripts;
+    it is then left out, and AUTOMATIC1111's text stays."""
+    text, record = parameters_text(picture, model_hash), record_of(picture, model_hash)
+    buffer = io.BytesIO()
+    if suffix in (".jpg", ".jpeg"):
+        block = exif_bytes(text, json.dumps(record, ensure_ascii=False), limit=JPEG_LIMIT)
+        picture.image.save(buffer, "JPEG", quality=95, subsampling="4:4:4", exif=block)
+    elif suffix == ".webp":
+        picture.image.save(buffer, "WEBP", quality=95, exif=exif_bytes(text, json.dumps(record, ensure_ascii=False)))
+    else:
+        info = PngImagePlugin.PngInfo()
+        info.add_text("parameters", text)
+        info.add_text(KEYWORD, json.dumps(record))
+        picture.image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def record_of(picture: Picture, model_hash: str | None = None) -> dict[str, Any]:
+    """All that it takes to make the picture again, but for the files themselves."""
+    return {
         "version": __version__,
         "request": picture.request.record(),
         "model": picture.model,
@@ -111,20 +117,19 @@ def png_text(picture: Picture, model_hash: str | None = None) -> PngImagePlugin.
         "adapters": [asdict(adapter) for adapter in picture.adapters],
         "embeddings": [{"name": name, "hash": digest} for name, digest in picture.embeddings],
     }
-    info.add_text(KEYWORD, json.dumps(record))
-    return info
 
 
 def parameters_text(picture: Picture, model_hash: str | None = None) -> str:
     """The prompt, the negative prompt and one line of settings, as AUTOMATIC1111's web UI writes and reads them."""
     request = picture.request
+    schedule = request.schedule or SAMPLERS[request.sampler].schedule
     settings: dict[str, object] = {
         "Steps": request.steps,
         "Sampler": SAMPLERS[request.sampler].title,
-        "Schedule type": SCHEDULE_TITLES[request.schedule or SAMPLERS[request.sampler].schedule],
-        "CFG scale": f"{request.guidance:g}",
+        "Schedule type": SCHEDULE_TITLES[cast("ScheduleName", schedule)],
+        "CFG scale": infotext.number(request.guidance),
         "Seed": request.seed,
-        "Size": f"{picture.image.width}x{picture.image.height}",
+        "Size": f"{request.width or picture.image.width}x{request.height or picture.image.height}",
     }
     if model_hash is not None:
         settings["Model hash"] = model_hash[:10]
@@ -132,37 +137,14 @@ def parameters_text(picture: Picture, model_hash: str | None = None) -> str:
         settings["Model"] = picture.model
     if vae := next((part for part in picture.parts if part.kind == "vae"), None):
         settings |= {"VAE hash": vae.hash, "VAE": vae.name} if vae.hash else {"VAE": vae.name}
-    if request.image is not None:
-        settings["Denoising strength"] = f"{request.strength:g}"
-    if request.clip_skip is not None and request.clip_skip > 1:
-        settings["Clip skip"] = request.clip_skip
-    for index, control in enumerate(request.controls):
-        settings[f"ControlNet {index}"] = _control_text(control)
-    settings["RNG"] = "CPU"
-    if request.eta is not None:
-        settings["Eta"] = f"{request.eta:g}"
+    settings |= infotext.settings_of(request)
+    if refiner := next((part for part in picture.parts if part.kind == "refiner"), None):
+        settings["Refiner"] = f"{refiner.path.stem} [{refiner.hash}]" if refiner.hash else refiner.path.stem
     if picture.adapters:
         hashes = {re.sub("[:,]", "", adapter.name): adapter.hash for adapter in picture.adapters}
         settings["Lora hashes"] = ", ".join(f"{name}: {digits}" for name, digits in hashes.items())
     if picture.embeddings:
         named = (f"{re.sub('[:,]', '', name)}: {digest[:12]}" for name, digest in picture.embeddings)
         settings["TI hashes"] = ", ".join(named)
-    settings["Version"] = f"ldm-{__version__}"
-    lines = [request.prompt, f"Negative prompt: {request.negative}" if request.negative else ""]
-    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items()))
-    return "\n".join(line for line in lines if line)
-
-
-def _control_text(control: Control) -> str:
-    """One ControlNet as the web UI's extension writes it."""
-    mode = "ControlNet is more important" if control.guess else "Balanced"
-    return (
-        f"Module: {'canny' if control.canny else 'none'}, Model: {control.network}, Weight: {control.weight:g}, "
-        f"Guidance Start: {control.start:g}, Guidance End: {control.end:g}, Control Mode: {mode}"
-    )
-
-
-def _quoted(value: object) -> str:
-    """A value as it stands, or as a JSON string where it holds what divides values."""
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
+    settings["Version"] = f"{infotext.OURS}{__version__}"
+    return infotext.write(request.prompt, request.negative, settings)

@@ -7,30 +7,34 @@ Shapes: B pictures of a batch, z latent channels, h and w latent height and widt
 from __future__ import annotations
 
 import copy
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ldm.diffusion.consistency import consistency
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.guidance import guided
+from ldm.diffusion.guidance import Guidance, Projection, Told, guided
 from ldm.diffusion.noise import PerImageNoise, per_image_noise
 from ldm.diffusion.state import finish_state
 from ldm.errors import LdmError
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.pipeline.control import Controlled, idle, prepare_hints, told
+from ldm.pipeline.control import Controlled, Hint, acted_on, idle, prepare_hints
 from ldm.pipeline.device import is_out_of_memory
 from ldm.pipeline.embeddings import used_in
 from ldm.pipeline.images import to_image
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.picture import Picture
 from ldm.pipeline.request import GenerateRequest
+from ldm.pipeline.validation import shown
 from ldm.samplers import SAMPLERS
-from ldm.types import Conditioning, Denoise, NoiseSource, Step
+from ldm.types import Denoise, NoiseSource, Step
 
 MAX_BATCH = 8
 BATCH_PIXELS = 8 * 512 * 512
@@ -51,22 +55,51 @@ class Progress:
     step: Step | None = None
 
 
+Start = Callable[[PerImageNoise, Tensor | None], Tensor]
+"""A batch's noise, and the state (B, z, h, w) that the stage before ended with, None for the first -> a state."""
+
+Hold = Callable[[Denoise], Denoise]
+"""Something put around a batch's denoiser: what holds to a mask."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of the sampler: from noise, from a picture, or from where the stage before ended.
+
+    model:   whose U-Net denoises
+    request: resolved, with this stage's own width and height
+    told:    from which level on the U-Net is told what, as `ldm.diffusion.guidance.guided` wants it
+    sigmas:  (n + 1,) the levels to be run
+    start:   makes the state at sigmas[0]
+    hold:    see `Hold`
+    """
+
+    model: LatentDiffusion
+    request: GenerateRequest
+    told: Sequence[tuple[float, Told]]
+    sigmas: Tensor
+    start: Start
+    hold: Hold | None = None
+
+    @property
+    def steps(self) -> int:
+        """How many steps it takes."""
+        return len(self.sigmas) - 1
+
+
 @dataclass(frozen=True)
 class Job:
     """What a task prepares for the loop.
 
     request: resolved, so that width, height, schedule and seed are given
-    cond, uncond: of batch 1; uncond is None where guidance is 1
-    sigmas:  (n + 1,) the levels to be run
-    start:   makes the state at sigmas[0], (B, z, h, w), of a batch's noise
+    stages:  run one after another; the last one's model decodes
+    finish:  what is done with each decoded picture
     notes:   for every picture
     """
 
     request: GenerateRequest
-    cond: Conditioning
-    uncond: Conditioning | None
-    sigmas: Tensor
-    start: Callable[[PerImageNoise], Tensor]
+    stages: Sequence[Stage]
+    finish: Callable[[Image.Image], Image.Image] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -74,17 +107,19 @@ class Job:
 def run(model: LatentDiffusion, job: Job) -> Iterator[Progress | Picture]:
     """Draw the job's pictures, batch by batch; each batch yields its steps, then its pictures in order.
 
-    A batch that does not fit into memory is halved. Raises `LdmError` when one picture does not, and when a step or
-    a decoded picture is not finite.
+    model: what a picture's metadata names. A batch that does not fit into memory is halved. Raises `LdmError` when one
+    picture does not, and when a step or a decoded picture is not finite.
     """
-    request = job.request
-    job, denoiser = _controlled(model, job)
-    count, size = request.count, batch_size(request)
+    stages = [_controlled(stage) for stage in job.stages]
+    idle_controls = (note for stage in job.stages for note in idle(stage.request, stage.sigmas))
+    job = replace(job, notes=(*job.notes, *_words_left_out(model, job.request), *idle_controls))
+    count = job.request.count
+    size = min(batch_size(stage.request) for stage in job.stages)
     first = 0
     while first < count:
         here = min(size, count - first)
         try:
-            for event in _batch(model, denoiser, job, first, here):
+            for event in _batch(model, stages, job, first, here):
                 first += isinstance(event, Picture)
                 yield event
             continue
@@ -93,9 +128,10 @@ def run(model: LatentDiffusion, job: Job) -> Iterator[Progress | Picture]:
                 raise
         # Outside of the handler, which keeps the failed batch's tensors alive.
         if here == 1:
+            largest = max((stage.request for stage in job.stages), key=_pixels)
             raise LdmError(
                 f"width x height: no memory left on {model.device} for one picture of"
-                f" {request.width}x{request.height}; make it smaller, or try --dtype bfloat16 or another --device"
+                f" {largest.width}x{largest.height}; make it smaller, or try --dtype bfloat16 or another --device"
             )
         size = here // 2
         if model.device.type == "cuda":
@@ -104,61 +140,151 @@ def run(model: LatentDiffusion, job: Job) -> Iterator[Progress | Picture]:
 
 def batch_size(request: GenerateRequest) -> int:
     """How many pictures of a resolved request are drawn at once."""
+    return max(1, min(MAX_BATCH, BATCH_PIXELS // _pixels(request)))
+
+
+def _pixels(request: GenerateRequest) -> int:
     assert request.width is not None and request.height is not None
-    return max(1, min(MAX_BATCH, BATCH_PIXELS // (request.width * request.height)))
+    return request.width * request.height
 
 
-def _controlled(model: LatentDiffusion, job: Job) -> tuple[Job, Denoiser]:
-    """The job and what denoises, with the ControlNets that the request names, if any."""
-    denoiser = model.denoiser()
-    hints = prepare_hints(model, job.request, job.sigmas)
-    job = replace(job, notes=(*job.notes, *idle(job.request, job.sigmas)))
+def _controlled(stage: Stage) -> tuple[Stage, Denoiser]:
+    """The stage and what denoises, with the ControlNets that the request names, if any."""
+    denoiser = stage.model.denoiser()
+    hints = prepare_hints(stage.model, stage.request, stage.sigmas)
     if not hints:
-        return job, denoiser
-    uncond = None if job.uncond is None else told(job.uncond, hints, wanted=False)
-    job = replace(job, cond=told(job.cond, hints, wanted=True), uncond=uncond)
-    return job, replace(denoiser, network=Controlled(denoiser.network, hints), dtype=model.dtype)
+        return stage, denoiser
+    heard = [(sigma, _hear(told, hints)) for sigma, told in stage.told]
+    network = Controlled(denoiser.network, hints)
+    return replace(stage, told=heard), replace(denoiser, network=network, dtype=stage.model.dtype)
+
+
+def _hear(told: Told, hints: tuple[Hint, ...]) -> Told:
+    """The same, with word of which ControlNets act on which side of guidance."""
+    parts = tuple((acted_on(cond, hints, wanted=True), weight) for cond, weight in told.parts)
+    return Told(parts, None if told.uncond is None else acted_on(told.uncond, hints, wanted=False))
 
 
 def _batch(
-    model: LatentDiffusion, denoiser: Denoiser, job: Job, first: int, count: int
+    model: LatentDiffusion, stages: Sequence[tuple[Stage, Denoiser]], job: Job, first: int, count: int
 ) -> Iterator[Progress | Picture]:
     """Pictures first ... first + count - 1: picture i depends on seed + i and not on its batch."""
     begun = time.perf_counter()
-    request = job.request
-    assert request.seed is not None and request.width is not None and request.height is not None
-    seeds = range(request.seed + first, request.seed + first + count)
-    noise = per_image_noise(model.latent_shape(request.width, request.height), seeds, device=model.device)
-    uncond = None if job.uncond is None else job.uncond.repeat(count)
-    denoise = guided(denoiser, job.cond.repeat(count), uncond, request.guidance, rescale=request.rescale)
-    if request.sampler == "lcm":
-        denoise = consistency(denoise, model.schedule)
-    used = used_in(model.embeddings, request.prompt, request.negative)
-    embeddings = tuple((embedding.name, embedding.hash) for embedding in used)
-    steps = len(job.sigmas) - 1
-    yield Progress(first, count, 0, steps)
-    x = job.start(noise)
-    for step in denoise_steps(request, denoise, x, job.sigmas, noise):
-        x = step.x
-        yield Progress(first, count, step.index + 1, steps, step)
-    latents = finish_state(x, float(job.sigmas[-1]))
+    total, done = sum(stage.steps for stage, _ in stages), 0
+    yield Progress(first, count, 0, total)
+    x, noise = None, None
+    for stage, denoiser in stages:
+        shape = _latent_shape(stage)
+        if noise is None or noise.start.shape[1:] != shape:
+            noise = _noise(job.request, shape, first, count, stage.model.device)
+        x = stage.start(noise, x)
+        for step in denoise_steps(stage.request, _denoise(stage, denoiser, noise), x, stage.sigmas, noise):
+            x, done = step.x, done + 1
+            yield Progress(first, count, done, total, step)
+    assert x is not None
+    last = stages[-1][0]
+    latents = finish_state(x, float(last.sigmas[-1]))
     share = (time.perf_counter() - begun) / count
-    for index, seed in enumerate(seeds):
+    for index in range(count):
+        request = alone(job.request, first + index)
         begun = time.perf_counter()
-        pixels, notes = decode(model.autoencoder, latents[index : index + 1])
+        pixels, notes = decode(last.model.autoencoder, latents[index : index + 1])
+        image = to_image(pixels[0])
         yield Picture(
-            image=to_image(pixels[0]),
+            image=image if job.finish is None else job.finish(image),
             index=first + index,
-            seed=seed,
-            request=request.model_copy(update={"seed": seed, "count": 1}),
+            seed=request.seed or 0,
+            request=request,
             model=model.origin.name,
             dtype=str(model.dtype).removeprefix("torch."),
             notes=(*job.notes, *notes),
             seconds=share + time.perf_counter() - begun,
             adapters=model.adapters,
-            embeddings=embeddings,
-            parts=model.origin.parts,
+            embeddings=_embeddings(model, request),
+            parts=model.origin.parts if last.model is model else (*model.origin.parts, *last.model.origin.as_refiner),
         )
+
+
+def _words_left_out(model: LatentDiffusion, request: GenerateRequest) -> Iterator[str]:
+    """A line for each prompt that is too long even for chunks."""
+    for name, text in (("prompt", request.prompt), ("negative", request.negative)):
+        if cut := model.words_cut(text, request.emphasis):
+            yield f"{name}: too long; left out from here on: {shown(cut)}"
+
+
+def alone(request: GenerateRequest, index: int) -> GenerateRequest:
+    """A resolved request for one of its pictures."""
+    assert request.seed is not None
+    own: dict[str, Any] = {"count": 1, "seed": request.seed + index}
+    if request.rng == "comfy":
+        own |= {"seed": request.seed, "batch_index": request.batch_index + index}
+    if request.variation_seed is not None:
+        own["variation_seed"] = request.variation_seed + index
+    return request.model_copy(update=own)
+
+
+def _noise(
+    request: GenerateRequest, shape: tuple[int, int, int], first: int, count: int, device: torch.device
+) -> PerImageNoise:
+    """The noise of a batch's pictures, each from its own seeds."""
+    each = [alone(request, first + index) for index in range(count)]
+    others = [one.variation_seed for one in each if one.variation_seed is not None]
+    return per_image_noise(
+        shape,
+        [one.seed or 0 for one in each],
+        device=device,
+        rng=request.rng,
+        batch_index=each[0].batch_index,
+        variation=(others, request.variation_strength) if others else None,
+        brownian=SAMPLERS[request.sampler].brownian,
+    )
+
+
+def _latent_shape(stage: Stage) -> tuple[int, int, int]:
+    assert stage.request.width is not None and stage.request.height is not None
+    return stage.model.latent_shape(stage.request.width, stage.request.height)
+
+
+def _denoise(stage: Stage, denoiser: Denoiser, noise: PerImageNoise) -> Denoise:
+    """The stage's denoiser for a whole batch: guided, held to its mask, and made consistent where the sampler wants."""
+    count = len(noise.start)
+    denoise = guided(denoiser, [(sigma, _repeated(told, count)) for sigma, told in stage.told], guidance_of(stage))
+    if stage.hold is not None:
+        denoise = stage.hold(denoise)
+    return consistency(denoise, stage.model.schedule) if stage.request.sampler == "lcm" else denoise
+
+
+def _repeated(told: Told, count: int) -> Told:
+    """What is told to one picture, told to all of a batch."""
+    parts = tuple((cond.repeat(count), weight) for cond, weight in told.parts)
+    return Told(parts, None if told.uncond is None else told.uncond.repeat(count))
+
+
+def guidance_of(stage: Stage) -> Guidance:
+    """How a stage's request is guided."""
+    request, apg = stage.request, stage.request.apg
+    return Guidance(
+        request.guidance,
+        rescale=request.rescale,
+        interval=_levels_between(stage.sigmas, request.guidance_start, request.guidance_end),
+        perturbed=request.perturbed,
+        apg=None if apg is None else Projection(apg.parallel, apg.norm, apg.momentum),
+    )
+
+
+def _levels_between(sigmas: Tensor, start: float, end: float) -> tuple[float, float] | None:
+    """(low, high) of the steps that begin between two shares of all; what a step asks within itself goes with it."""
+    levels: list[float] = sigmas.tolist()
+    steps = len(levels) - 1
+    inside = [i for i in range(steps) if start <= i / steps < end]
+    if len(inside) == steps:
+        return None
+    return (levels[inside[-1] + 1] * (1 + 1e-5), levels[inside[0]]) if inside else (math.inf, math.inf)
+
+
+def _embeddings(model: LatentDiffusion, request: GenerateRequest) -> tuple[tuple[str, str], ...]:
+    used = used_in(model.embeddings, request.prompt, request.negative)
+    return tuple((embedding.name, embedding.hash) for embedding in used)
 
 
 def denoise_steps(

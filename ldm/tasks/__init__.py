@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.request import GenerateRequest, as_request
 from ldm.pipeline.sample import Picture, Progress
+from ldm.tasks.depth2img import depth2img
 from ldm.tasks.img2img import img2img
+from ldm.tasks.inpaint import inpaint
+from ldm.tasks.outpaint import outpaint
 from ldm.tasks.txt2img import txt2img
+from ldm.tasks.upscale import is_upscaler, upscale
+from ldm.tasks.variations import variations
+
+Task = Callable[[LatentDiffusion, GenerateRequest], Iterator[Progress | Picture]]
 
 
 def run(model: LatentDiffusion, request: GenerateRequest) -> Iterator[Progress | Picture]:
     """Run the task that the request's fields ask for; see `ldm.pipeline.sample.run` for what is yielded."""
+    if request.image is not None and is_upscaler(model):
+        return upscale(model, request)
+    if request.vary is not None:
+        return variations(model, request)
+    if request.depth is not None:
+        return depth2img(model, request)
+    if request.extend is not None:
+        return outpaint(model, request)
+    if request.mask is not None:
+        return inpaint(model, request)
     return txt2img(model, request) if request.image is None else img2img(model, request)
 
 
-def draw(model: LatentDiffusion, request: str | GenerateRequest, fields: dict[str, Any]) -> list[Picture]:
+def draw(
+    model: LatentDiffusion, request: str | GenerateRequest, fields: dict[str, Any], task: Task = run
+) -> list[Picture]:
     """All pictures of a prompt with fields, or of a request with changes."""
-    return [event for event in run(model, as_request(request, fields)) if isinstance(event, Picture)]
+    return [event for event in task(model, as_request(request, fields)) if isinstance(event, Picture)]

@@ -34,7 +34,7 @@ from ldm.diffusion.sigmas import SCHEDULES
 from ldm.errors import LdmError
 from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.presets import sd1, sd2, sdxl, tiny
-from ldm.pipeline.control import Controlled, Hint, hint_picture, timesteps_between, told
+from ldm.pipeline.control import Controlled, Hint, acted_on, hint_picture, timesteps_between
 from ldm.pipeline.images import picture_bytes, to_tensor
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import random_system
@@ -257,7 +257,7 @@ def test_every_row_gets_what_acts_on_it(models):
     x, cross = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32)
     timestep = torch.tensor([100.0, 600.0])
     sides = [
-        told(Conditioning(cross=cross[i : i + 1]), hints, wanted=wanted) for i in (0, 1) for wanted in (True, False)
+        acted_on(Conditioning(cross=cross[i : i + 1]), hints, wanted=wanted) for i in (0, 1) for wanted in (True, False)
     ]
     unet = Recorder()
     Controlled(unet, hints)(x.repeat_interleave(2, 0), timestep.repeat_interleave(2), Conditioning.stack(sides))

@@ -118,8 +118,8 @@ def test_outputs_that_cannot_be(tmp_path):
     (tmp_path / "folder.png").mkdir()
     for output, message in [
         (Path("-"), "found -"),
-        (file, "expected a name that ends in .png, or a folder"),
-        (tmp_path / "a.jpg", "expected a name that ends in .png, or a folder"),
+        (file, "expected a name that ends in .png, .jpg or .webp, or a folder"),
+        (tmp_path / "a.gif", "expected a name that ends in .png, .jpg or .webp, or a folder"),
         (tmp_path / "folder.png", "is a folder"),
         (file / "below", "is not a folder"),
         (file / "a.png", "is not a folder"),

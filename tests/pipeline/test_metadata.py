@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -10,16 +11,21 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import piexif
+import piexif.helper
 import pytest
 from PIL import Image, PngImagePlugin
 from sd_parsers import ParserManager
 
 from ldm.errors import LdmError
 from ldm.models.presets import sd1, tiny
+from ldm.pipeline.exif import exif_bytes
+from ldm.pipeline.images import picture_bytes
 from ldm.pipeline.latent_diffusion import LatentDiffusion, Origin
 from ldm.pipeline.load import load, random_system, save_checkpoint
 from ldm.pipeline.metadata import read_metadata
-from ldm.pipeline.picture import SCHEDULE_TITLES, OtherPart, Picture, parameters_text
+from ldm.pipeline.names import SCHEDULE_TITLES
+from ldm.pipeline.picture import OtherPart, Picture, parameters_text
 from ldm.pipeline.request import GenerateRequest
 from ldm.samplers import SAMPLERS
 
@@ -76,9 +82,10 @@ def test_every_schedule_has_a_title():
     assert {s.schedule for s in SAMPLERS.values()} <= set(SCHEDULE_TITLES)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".JPEG", ".webp"])
 @pytest.mark.parametrize("prompt", ["a red apple", "日本語 🍎, (x:1.2)", "a\nb", ""])
-def test_another_program_reads_it(prompt, tmp_path):
-    path = picture(prompt=prompt, negative="ugly, blurry", guidance=6.5).save(tmp_path / "a.png", model_hash=HASH)
+def test_another_program_reads_it(prompt, suffix, tmp_path):
+    path = picture(prompt=prompt, negative="ugly, blurry", guidance=6.5).save(tmp_path / f"a{suffix}", model_hash=HASH)
     found = ParserManager().parse(path)
     assert found is not None and found.generator.value == "AUTOMATIC1111"
     (sampler,) = found.samplers
@@ -97,7 +104,8 @@ def test_ours_reads_back_to_the_same_picture(prompt, model, tmp_path):
     path = drawn.save(tmp_path / "a.png")
     found = read_metadata(path)
     request = found.request()
-    assert request == drawn.request and request.seed is not None and request.count == 1
+    assert request is not None and request.seed is not None and request.count == 1
+    assert request == drawn.request
     assert found.record is not None and found.record["dtype"] == "float32"
     again = model.generate(request)[0]
     assert np.array_equal(np.asarray(again.image), np.asarray(Image.open(path)))
@@ -167,22 +175,161 @@ def test_a_hostile_request_is_refused(tmp_path):
     info = PngImagePlugin.PngInfo()
     info.add_text("ldm", json.dumps({"request": {"prompt": "x", "model": "../../etc/passwd"}}))
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
-    with pytest.raises(LdmError, match='"model": no such field'):
+    with pytest.raises(LdmError, match='not known here and left out: "model"'):
         read_metadata(tmp_path / "a.png").request()
 
 
-def test_no_png(tmp_path):
+def test_no_picture(tmp_path):
     (tmp_path / "a.png").write_bytes(b"<html>")
-    Image.new("RGB", (8, 8)).save(tmp_path / "b.jpg")
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.gif")
     whole = picture().save(tmp_path / "c.png").read_bytes()
     (tmp_path / "c.png").write_bytes(whole[:-12] + bytes(4) + b"iCCP" + zlib.crc32(b"iCCP").to_bytes(4, "big"))
-    for name in ("a.png", "b.jpg", "c.png", "missing.png"):
-        with pytest.raises(LdmError, match=f"{name}: cannot be read as a PNG picture"):
+    for name in ("a.png", "b.gif", "c.png", "missing.png"):
+        with pytest.raises(LdmError, match=f"{name}: cannot be read"):
             read_metadata(tmp_path / name)
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [(".jpg", "JPEG"), (".jpeg", "JPEG"), (".webp", "WEBP")])
+def test_exif_is_what_piexif_reads(suffix, kind, tmp_path):
+    """By which AUTOMATIC1111's web UI reads; and our own request is there too."""
+    given = picture(prompt="日本語 🍎\nx", negative="é")
+    path = given.save(tmp_path / f"a{suffix}", model_hash=HASH)
+    with Image.open(path) as image:
+        assert image.format == kind
+        tags = piexif.load(image.info["exif"])["Exif"]
+    text = piexif.helper.UserComment.load(tags[piexif.ExifIFD.UserComment])
+    assert text == parameters_text(given, HASH)
+    found = read_metadata(path)
+    assert (found.format, found.parameters, found.request()) == (kind, text, given.request)
+
+
+def test_a_text_by_piexif_is_read_and_goes_before_the_chunk(tmp_path):
+    comment = piexif.helper.UserComment.dump("über\nSteps: 3, Sampler: Euler, Seed: 1", encoding="unicode")
+    exif = piexif.dump({"Exif": {piexif.ExifIFD.UserComment: comment}})
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", "another")
+    for kind, more in (("PNG", {"pnginfo": info}), ("JPEG", {}), ("WEBP", {})):
+        Image.new("RGB", (8, 8)).save(tmp_path / "a", kind, exif=exif, **more)
+        remake = read_metadata(tmp_path / "a").remake()
+        assert remake is not None and remake.fields["prompt"] == "über" and remake.fields["steps"] == 3
+
+
+def test_what_does_not_fit_into_a_jpeg(tmp_path):
+    """Signs that take 4 bytes in both: the text stays, our record goes, and it is said."""
+    given = replace(picture(prompt="🍎" * 4000, negative="🍏" * 4000), notes=("long " * 400,))
+    jpeg, webp = (read_metadata(given.save(tmp_path / name)) for name in ("a.jpg", "a.webp"))
+    assert jpeg.record is None and jpeg.parameters == parameters_text(given)
+    assert jpeg.notes == ("ldm: the record is not there, removed or too long for a JPEG; what only it knows is lost",)
+    assert webp.request() == given.request
+
+
+def test_all_keys_in_the_order_of_the_web_ui():
+    given = picture(
+        image=picture_bytes(Image.new("RGB", (64, 64), "red")), mask=picture_bytes(Image.new("RGB", (64, 64))),
+        strength=0.5, only_masked=True, mask_invert=True, mask_fill="zero", variation_seed=3, variation_strength=0.25,
+        clip_skip=2, rng="philox", emphasis="no-norm", rescale=0.5, guidance_start=0.25, refine_at=0.8,
+    )  # fmt: skip
+    pixels = hashlib.md5(b"\xff\0\0" * 64 * 64).hexdigest()
+    assert (
+        "Model: ldm-small, Variation seed: 3, Variation seed strength: 0.25, Denoising strength: 0.5, Clip skip: 2, "
+        f"Init image hash: {pixels}, RNG: NV, Refiner switch at: 0.8, Mask mode: Inpaint not masked, Mask blur: 4, "
+        "Masked content: latent nothing, Inpaint area: Only masked, Masked area padding: 32, Emphasis: No norm, "
+        "Skip Early CFG: 0.25, CFG rescale: 0.5, Version: ldm-"
+    ) in parameters_text(given)
+
+
+def test_names_that_are_no_text(tmp_path):
+    """A file's name may hold bytes that are no UTF-8, which Python keeps as half a sign."""
+    given = picture(model="a\udcffb")
+    for name in ("a.png", "a.jpg", "a.webp"):
+        found = read_metadata(given.save(tmp_path / name))
+        assert found.record is not None and found.record["model"] == "a\udcffb"
+        assert found.parameters is not None and "Model: a\\udcffb" in found.parameters
+
+
+def test_pictures_that_are_needed(tmp_path):
+    data = picture_bytes(Image.new("RGB", (64, 64), "red"))
+    given = picture(image=data, mask=data, controls=[{"network": "canny", "image": data, "weight": 0.5}])
+    found = read_metadata(given.save(tmp_path / "a.png"))
+    remake = found.remake()
+    digest = hashlib.sha256(data).hexdigest()
+    assert found.request() is None and remake is not None
+    assert remake.pictures == {"image": digest, "mask": digest} and remake.controls[0]["image_sha256"] == digest
+    assert remake.request({"image": data, "mask": data}, [data]) == given.request
+    for pictures, controls, message in (
+        ({}, [data], f"image: found none, expected the file .*{digest}"),
+        ({"image": data, "mask": data}, [], "control images: found 0, expected the 1"),
+        ({"image": data, "mask": data, "vary": data}, [data], "vary: found one, but"),
+    ):
+        with pytest.raises(LdmError, match=message):
+            remake.request(pictures, controls)
+
+
+GRAPH = {
+    "1": {"class_type": "KSampler", "inputs": {"seed": 1, "steps": 3, "cfg": 2, "positive": ["2", 0]}},
+    "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "hi", "is_changed": [float("nan")]}},
+}
+
+
+def test_the_graph_of_comfyui(tmp_path):
+    """In a PNG's chunk and in a WebP's EXIF; a NaN, which it writes, is no obstacle."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("prompt", json.dumps(GRAPH))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    exif = Image.Exif()
+    exif[0x0110] = "prompt:" + json.dumps(GRAPH)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.webp", exif=exif)
+    for name in ("a.png", "a.webp"):
+        remake = read_metadata(tmp_path / name).remake()
+        assert remake is not None and (remake.source, remake.fields["prompt"]) == ("ComfyUI", "hi")
+
+
+OTHERS = {
+    "InvokeAI": ({"invokeai_metadata": "{}"}, "InvokeAI metadata: found, not read"),
+    "NovelAI": ({"Software": "NovelAI", "Comment": "{}"}, "NovelAI metadata: found, not read"),
+    "SwarmUI": ({"parameters": '{"sui_image_params": {}}'}, "parameters: JSON of another program, not read"),
+    "workflow": ({"workflow": "{}"}, "ComfyUI workflow: found without its graph, not read"),
+    "5 MB": ({"ldm": json.dumps({"request": {"prompt": "x" * 5_000_000}})}, "too long to be read"),
+    "5 MB text": ({"parameters": "x, " * 2_000_000}, "too long to be read"),
+    "deep": ({"ldm": '{"request": {"prompt": ' + "[" * 200 + "]" * 200 + "}}"}, "no JSON object that can be read"),
+    "deep graph": ({"prompt": '{"1": ' + "[" * 90_000 + "]" * 90_000 + "}"}, "no JSON object that can be read"),
+    "huge number": ({"ldm": '{"request": {"steps": ' + "9" * 5000 + "}}"}, "no JSON object that can be read"),
+}
+
+
+@pytest.mark.parametrize(("chunks", "note"), OTHERS.values(), ids=OTHERS)
+def test_what_is_not_read_is_said(chunks, note, tmp_path):
+    info = PngImagePlugin.PngInfo()
+    for keyword, text in chunks.items():
+        info.add_text(keyword, text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    found = read_metadata(tmp_path / "a.png")
+    assert found.remake() is None and any(note in line for line in found.notes)
+
+
+def test_a_picture_inside_of_metadata_is_not_taken(tmp_path):
+    data = picture_bytes(Image.new("RGB", (64, 64)))
+    record = {"request": {"prompt": "x", "image": base64.b64encode(data).decode(), "lora": "/etc/passwd"}}
+    info = PngImagePlugin.PngInfo()
+    info.add_text("ldm", json.dumps(record))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    remake = read_metadata(tmp_path / "a.png").remake()
+    assert remake is not None and remake.request().image is None
+    assert remake.misses == ('not known here and left out: "image", "lora"',)
+
+
+def test_broken_exif_is_no_obstacle(tmp_path):
+    """Every byte of a small EXIF block changed in turn."""
+    image, whole = Image.new("RGB", (8, 8)), exif_bytes("Steps: 1", "{}")
+    for place in range(6, 60):
+        for value in (0, 0x7F, 0xFF):
+            block = whole[:place] + bytes([value]) + whole[place + 1 :]
+            image.save(tmp_path / "a.webp", exif=block)
+            read_metadata(tmp_path / "a.webp").remake()
 
 
 def test_a_picture_too_large_to_be_read(tmp_path, monkeypatch):
     path = picture().save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(LdmError, match=r"a.png: cannot be read as a PNG picture .*decompression bomb"):
+    with pytest.raises(LdmError, match=r"a.png: cannot be read as a PNG, JPEG or WebP picture .*decompression bomb"):
         read_metadata(path)

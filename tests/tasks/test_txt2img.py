@@ -165,10 +165,11 @@ def test_a_model_that_needs_more_than_text_is_refused(preset):
 
 
 def test_what_does_not_fit_into_the_text_encoder_is_said(model):
-    (picture,) = model.generate("apple " * 80, negative="pear " * 76, steps=1)
+    chunks = "a " * (16 * 75)
+    (picture,) = model.generate(chunks + "red apple", negative=chunks + "pear", steps=1)
     assert picture.notes == (
-        "prompt: its last 5 tokens do not fit into the text encoder and were left out",
-        "negative: its last 1 tokens do not fit into the text encoder and were left out",
+        'prompt: too long; left out from here on: "red apple"',
+        'negative: too long; left out from here on: "pear"',
     )
 
 
