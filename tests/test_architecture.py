@@ -42,21 +42,22 @@ EXCEPTIONS = {
 """Imports against the direction, inside a function only."""
 
 HEAVY: dict[str, set[str]] = {
-    "transformers": set(),
+    "transformers": {"models/depth.py"},
     "diffusers": set(),
     "peft": set(),
     "open_clip": {"training/clip.py", "models/image_encoder.py"},
     "accelerate": {"training/loop.py"},
     "xformers": {"layers/attention.py"},
     "ftfy": {"models/tokenizer.py"},
-    "tyro": {"apps/cli.py", "apps/options.py", "data/packed.py", "data/pictures/build.py"},
+    "tyro": {"apps/cli.py", "apps/flags.py", "apps/options.py", "data/packed.py", "data/pictures/build.py"},
     "rich": {"apps/progress.py", "apps/info.py", "apps/info_page.py"},
-    "pydantic": {"pipeline/request.py"},
+    "pydantic": {"pipeline/request.py", "pipeline/validation.py"},
     "cv2": {"pipeline/control.py"},
 }
 """Heavy packages, or ones with a single purpose, and the files that may import them."""
 
 LIGHT = ("apps/cli.py", "apps/options.py", "apps/progress.py", "apps/generate.py", "apps/controls.py", "apps/sheet.py",
+         "apps/flags.py", "apps/fields.py", "apps/axes.py", "apps/grid.py", "apps/tiles.py",
          "__main__.py", "pipeline/request.py", "pipeline/images.py", "pipeline/files.py", "errors.py",
          "__init__.py")  # fmt: skip
 """What the command line imports before it knows that it needs torch."""

@@ -16,7 +16,23 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
 
 from ldm import __version__
-from ldm.apps.options import Command, Convert, Generate, Img2Img, Info, Sheet, Train
+from ldm.apps.options import (
+    Command,
+    Convert,
+    Depth2Img,
+    Generate,
+    Grid,
+    Img2Img,
+    Info,
+    Inpaint,
+    Outpaint,
+    Redo,
+    Sheet,
+    Show,
+    Train,
+    Upscale,
+    Variations,
+)
 from ldm.apps.progress import to_stderr
 from ldm.errors import LdmError
 
@@ -25,6 +41,14 @@ DESCRIPTION = f"""Pictures from text by latent diffusion: ldm generate "a red ap
 _Parsed = (
     Annotated[Generate, subcommand("generate")]
     | Annotated[Img2Img, subcommand("img2img")]
+    | Annotated[Inpaint, subcommand("inpaint")]
+    | Annotated[Outpaint, subcommand("outpaint")]
+    | Annotated[Upscale, subcommand("upscale")]
+    | Annotated[Variations, subcommand("variations")]
+    | Annotated[Depth2Img, subcommand("depth2img")]
+    | Annotated[Grid, subcommand("grid")]
+    | Annotated[Show, subcommand("show")]
+    | Annotated[Redo, subcommand("redo")]
     | Annotated[Info, subcommand("info")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Sheet, subcommand("sheet")]
@@ -77,10 +101,22 @@ def _no_room(error: Exception) -> str | None:
 def _dispatch(command: Command) -> None:
     """Each command imports what it needs."""
     match command:
-        case Generate() | Img2Img():
+        case Generate() | Img2Img() | Inpaint() | Outpaint() | Upscale() | Variations() | Depth2Img():
             from ldm.apps.generate import generate
 
             generate(command)
+        case Grid():
+            from ldm.apps.grid import grid
+
+            grid(command)
+        case Show():
+            from ldm.apps.show import show
+
+            show(command.image, as_json=command.json)
+        case Redo():
+            from ldm.apps.redo import redo
+
+            redo(command)
         case Info():
             from ldm.apps.info import info
 

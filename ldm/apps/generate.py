@@ -1,90 +1,127 @@
-"""`ldm generate` and `ldm img2img`: prompts in, PNG files out."""
+"""`ldm generate` and its kin (img2img, inpaint, ...): prompts and pictures in, pictures out."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ldm.apps.controls import MAX_PICTURE_FILE, control_files, controls_of
-from ldm.apps.options import Generate, Img2Img, Model, Prompts, Sampling
+from ldm.apps.controls import control_files
+from ldm.apps.fields import picture, requests_of
+from ldm.apps.flags import Details, Model
+from ldm.apps.options import Depth2Img, TaskCommand, Upscale
 from ldm.apps.progress import Bar, Stopwatch, progress_bar, to_stderr
-from ldm.errors import LdmError
-from ldm.pipeline.files import check_output, output_path, read_file
-from ldm.pipeline.request import GenerateRequest, shown
+from ldm.pipeline.files import check_output, output_path
+from ldm.pipeline.request import GenerateRequest
 
 if TYPE_CHECKING:
+    from ldm.apps.adapters import Wanted
     from ldm.pipeline.latent_diffusion import LatentDiffusion
     from ldm.pipeline.picture import Picture
+    from ldm.tasks import Task
+    from ldm.weights.adapters.read import Adapter
     from ldm.weights.embeddings import Embedding
 
-MAX_PROMPT_FILE = 16 * 2**20
 
+def generate(command: TaskCommand) -> None:
+    """Draw all pictures that the command asks for; each is on disk before the next prompt begins.
 
-def generate(command: Generate | Img2Img) -> None:
-    """Draw all pictures that the command asks for; each is on disk before the next prompt begins."""
+    Prompts with the same adapters are drawn one after another, so that these are put on once.
+    """
     watch = Stopwatch()
     requests = requests_of(command)
     check_output(command.output.output)
     with progress_bar(sum(request.count for request in requests)) as bar:
-        model = load_model(command.model, watch)
-        if files := control_files(command.controls):
-            pickles, folders = command.model.allow_pickle, command.model.models or None
-            model = model.with_controls(files, allow_pickle=pickles, models=folders)
-            watch.mark("loading")
-        for rule in model.origin.rules if command.output.verbose else ():
+        groups, adapters = with_their_adapters(requests, command.model)
+        if isinstance(command, Depth2Img) and command.depth_model is not None:
+            depth = _estimated(command.depth_model, picture(command.image))
+            groups = {key: [request.changed(depth=depth) for request in group] for key, group in groups.items()}
+        plain = load_plain(command.model, watch, command.details)
+        task = _task_of(command)
+        for rule in plain.origin.rules if command.output.verbose else ():
             to_stderr(f"model: {rule}")
-        model_hash = _hash_in_background(model.origin.path)
+        model_hash = hash_in_background(plain.origin.path)
         done = 0
-        for request in requests:
-            for picture in draw(model, request, bar, watch, done):
-                path = output_path(command.output.output, request.prompt, picture.seed)
-                path = picture.save(path, model_hash=model_hash.result())
-                watch.mark("saving")
-                bar.say(_line(picture, path, command.output.json))
-            done += request.count
+        for wanted, group in groups.items():
+            model = adapted(plain, wanted, adapters)
+            watch.mark("loading")
+            for request in group:
+                for drawn in draw(model, request, bar, watch, done, task):
+                    path = output_path(command.output.output, request.prompt, drawn.seed)
+                    path = drawn.save(path, model_hash=model_hash.result())
+                    watch.mark("saving")
+                    bar.say(_line(drawn, path, command.output.json))
+                done += request.count
     if command.output.verbose:
         to_stderr(f"time: {watch}")
 
 
-def requests_of(command: Generate | Img2Img) -> list[GenerateRequest]:
-    """A validated request for each prompt. Raises `LdmError` before anything slow has begun."""
-    fields = request_fields(command.sampling)
-    fields |= {"seed": command.prompts.seed, "count": command.prompts.count}
-    fields |= {"controls": controls_of(command.controls)}
-    if isinstance(command, Img2Img):
-        fields |= {"image": read_file(command.image, MAX_PICTURE_FILE), "strength": command.strength}
-    return [GenerateRequest(prompt=prompt, **fields) for prompt in _prompts(command.prompts)]
+def with_their_adapters(
+    requests: list[GenerateRequest], model: Model
+) -> tuple[dict[tuple[Wanted, ...], list[GenerateRequest]], dict[Path, Adapter]]:
+    """The requests by the adapters that the flags and each prompt ask for, and these as they were read."""
+    if not model.lora and not any("<" in request.prompt for request in requests):
+        return {(): requests}, {}
+    from ldm.apps.adapters import read_files, wanted_by_flags, wanted_by_prompt
+
+    by_flags = wanted_by_flags(model.lora, model.models)
+    groups: dict[tuple[Wanted, ...], list[GenerateRequest]] = {}
+    for request in requests:
+        groups.setdefault((*by_flags, *wanted_by_prompt(request, model.models)), []).append(request)
+    return groups, read_files((one for key in groups for one in key), allow_pickle=model.allow_pickle)
 
 
-def request_fields(sampling: Sampling) -> dict[str, Any]:
-    """The fields of a request that these flags name."""
-    width, height = _size(sampling.size)
-    return {
-        "negative": sampling.negative,
-        "width": width,
-        "height": height,
-        "steps": sampling.steps,
-        "sampler": sampling.sampler,
-        "schedule": sampling.schedule or None,
-        "guidance": sampling.guidance,
-        "rescale": sampling.rescale,
-        "eta": sampling.eta,
-        "clip_skip": sampling.clip_skip,
-    }
+def adapted(model: LatentDiffusion, wanted: tuple[Wanted, ...], adapters: dict[Path, Adapter]) -> LatentDiffusion:
+    """The model with these adapters, of those that were read."""
+    if not wanted:
+        return model
+    from ldm.apps.adapters import choices
+
+    return model.with_adapters(choices(wanted, adapters))
 
 
 def load_model(model: Model, watch: Stopwatch) -> LatentDiffusion:
-    """Import torch and all that is ours, then load the model."""
+    """The model with all that its flags name."""
+    loaded = load_plain(model, watch)
+    if model.lora:
+        from ldm.apps.adapters import read_adapters
+
+        loaded = loaded.with_adapters(read_adapters(model.lora, model.models, allow_pickle=model.allow_pickle))
+        watch.mark("loading")
+    return loaded
+
+
+def load_plain(model: Model, watch: Stopwatch, details: Details | None = None) -> LatentDiffusion:
+    """Import torch and all that is ours, then load the model, without its adapters; its helpers are in `details`."""
     import ldm.tasks  # noqa: F401 - for its time to count as imports
-    from ldm.pipeline.load import load
 
     watch.mark("imports")
-    prediction = None if model.prediction == "auto" else model.prediction
+    loaded = _loaded(model)
+    if model.embedding:
+        loaded = loaded.with_embeddings(_embeddings(model))
+    if details is not None and (files := control_files(details.controls)):
+        loaded = loaded.with_controls(files, allow_pickle=model.allow_pickle, models=model.models or None)
+    if details is not None and details.refining.refiner is not None:
+        other = Model(
+            file=details.refining.refiner,
+            models=model.models,
+            allow_pickle=model.allow_pickle,
+            device=model.device,
+            dtype=model.dtype,
+        )
+        loaded = loaded.with_refiner(_loaded(other))
+    watch.mark("loading")
+    return loaded
+
+
+def _loaded(model: Model) -> LatentDiffusion:
+    from ldm.pipeline.load import load
+
     loaded = load(
         model.file,
         vae=model.vae,
@@ -92,19 +129,12 @@ def load_model(model: Model, watch: Stopwatch) -> LatentDiffusion:
         text_encoder=model.text_encoder,
         device=model.device,
         dtype=model.dtype,
-        prediction=prediction,
+        prediction=None if model.prediction == "auto" else model.prediction,
         allow_pickle=model.allow_pickle,
         models=model.models or None,
     )
     for warning in loaded.origin.warnings:
         to_stderr(f"warning: {warning}")
-    if model.lora:
-        from ldm.apps.adapters import read_adapters
-
-        loaded = loaded.with_adapters(read_adapters(model.lora, model.models, allow_pickle=model.allow_pickle))
-    if model.embedding:
-        loaded = loaded.with_embeddings(_embeddings(model))
-    watch.mark("loading")
     return loaded
 
 
@@ -125,12 +155,22 @@ def _embeddings(model: Model) -> list[Embedding]:
     return found
 
 
-def draw(model: LatentDiffusion, request: GenerateRequest, bar: Bar, watch: Stopwatch, done: int) -> Iterator[Picture]:
-    """The request's pictures as they come, the bar moving with the steps; `done` pictures came before."""
+def draw(
+    model: LatentDiffusion,
+    request: GenerateRequest,
+    bar: Bar,
+    watch: Stopwatch,
+    done: int,
+    task: Task | None = None,
+) -> Iterator[Picture]:
+    """The request's pictures as they come, the bar moving with the steps; `done` pictures came before.
+
+    task: by default what the request's fields ask for
+    """
     from ldm.pipeline.sample import Progress
     from ldm.tasks import run
 
-    for event in run(model, request):
+    for event in (task or run)(model, request):
         if isinstance(event, Progress):
             watch.mark("denoising" if event.done else "text")
             pictures = done + event.first + event.count * event.done / event.steps
@@ -142,30 +182,26 @@ def draw(model: LatentDiffusion, request: GenerateRequest, bar: Bar, watch: Stop
         yield event
 
 
-def _prompts(given: Prompts) -> list[str]:
-    prompts = list(given.prompts)
-    if given.prompt_file is not None:
-        try:
-            text = read_file(given.prompt_file, MAX_PROMPT_FILE).decode("utf-8-sig")
-        except UnicodeDecodeError:
-            raise LdmError(f"{given.prompt_file}: is not UTF-8 text, expected a prompt on each line") from None
-        prompts += [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise LdmError('prompt: found none, expected what to draw; try: ldm generate "a red apple"')
-    return prompts
+def _task_of(command: TaskCommand) -> Task | None:
+    """A command's own task, where the same request might ask another model for another one."""
+    if not isinstance(command, Upscale):
+        return None
+    from ldm.tasks.upscale import upscale
+
+    return upscale
 
 
-def _size(text: str) -> tuple[int | None, int | None]:
-    """ "128x96" -> (128, 96); "128" -> a square; "" -> the model's own."""
-    if not text:
-        return None, None
-    sides = text.lower().replace("×", "x").split("x")
-    if len(sides) > 2 or not all(side.isascii() and side.isdigit() and len(side) < 10 for side in sides):
-        raise LdmError(f"size: found {shown(text)}, expected WIDTHxHEIGHT, as 128x128")
-    return int(sides[0]), int(sides[-1])
+def _estimated(model: Path, image: bytes) -> bytes:
+    """The depth map of a picture, as a PNG file's bytes."""
+    from ldm.models.depth import estimate
+    from ldm.pipeline.images import read_picture
+
+    buffer = io.BytesIO()
+    estimate(model, read_picture(image)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
-def _hash_in_background(path: Path | None) -> Future[str | None]:
+def hash_in_background(path: Path | None) -> Future[str | None]:
     """The SHA-256 of the model's file, computed while it draws; None if there is no file to read."""
     future: Future[str | None] = Future()
     if path is None:

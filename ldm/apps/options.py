@@ -4,121 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from ldm.pipeline.request import (
-    DEFAULT_GUIDANCE,
-    DEFAULT_SAMPLER,
-    DEFAULT_STEPS,
-    DEFAULT_STRENGTH,
-    SamplerName,
-    ScheduleName,
+from ldm.apps.flags import Details, Model, Output, Prompts, Sampling, SecondPass
+from ldm.pipeline.request import DEFAULT_STRENGTH, MaskFill
+
+AXIS_HELP = (
+    "What changes from column to column: steps=6,12,24  seed=1-5  'guidance=1-9 [3]'  'strength=0.2-0.8 (+0.2)'"
+    "  sampler=euler,heun  size=64x64,128x128  highres-strength=0.3,0.6 ... In prompt=cat,dog the others take the place"
+    " of the first; model=FILE,FILE are models; lora=0,0.5,1 weighs the one --lora."
 )
-
-SAMPLER_HELP = f"One of {', '.join(get_args(SamplerName))}."
-SCHEDULE_HELP = f"The noise levels: {', '.join(get_args(ScheduleName))}. By default what suits the sampler."
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a picture is drawn."""
-
-    negative: Annotated[str, arg(metavar="TEXT", help_behavior_hint="")] = ""
-    """What the picture should not show."""
-    size: Annotated[str, arg(metavar="WxH", help_behavior_hint="")] = ""
-    """In pixels, multiples of 8, as 128x128. By default the model's own."""
-    steps: Annotated[int, arg(metavar="N")] = DEFAULT_STEPS
-    """Steps of the sampler."""
-    sampler: Annotated[str, arg(metavar="NAME", help=SAMPLER_HELP)] = DEFAULT_SAMPLER
-    schedule: Annotated[str, arg(metavar="NAME", help=SCHEDULE_HELP, help_behavior_hint="")] = ""
-    guidance: Annotated[float, arg(metavar="X")] = DEFAULT_GUIDANCE
-    """How far to lean towards the prompt; 1 is not at all."""
-    rescale: Annotated[float, arg(metavar="X")] = 0.0
-    """How much of the contrast that guidance adds is taken back, 0 to 1."""
-    eta: Annotated[float | None, arg(metavar="X", help_behavior_hint="")] = None
-    """Noise added on the way, 0 to 1, by samplers that add some."""
-    clip_skip: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
-    """The text layer to look at, counted from the last one, 1."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """Which model draws, and where."""
-
-    file: Annotated[Path | None, arg(name="model", metavar="FILE", help_behavior_hint="")] = None
-    """Stable Diffusion 1.x, 2.x, SDXL, or ours: a file, a diffusers folder, or a name in --models. By default the model
-    that ships."""
-    vae: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
-    """An autoencoder to use instead of the model's own."""
-    unet: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
-    """A U-Net to use instead of the model's own."""
-    text_encoder: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE", help_behavior_hint="")] = ()
-    """A text encoder to use instead of the model's own; SDXL has two, so it may be given twice."""
-    lora: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE[:W[:TEXT]]", help_behavior_hint="")] = ()
-    """A LoRA or another adapter, with its weight, by default 1, and perhaps another one for the text encoders. May be
-    given more than once."""
-    embedding: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE", help_behavior_hint="")] = ()
-    """A textual-inversion embedding, which prompts then use by its name. May be given more than once."""
-    models: Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="DIR", help_behavior_hint="")] = ()
-    """A folder in which files are looked for by name: a flat one, AUTOMATIC1111's or ComfyUI's. May be given more than
-    once; by default the folders that LDM_MODELS lists."""
-    allow_pickle: bool = False
-    """Read .ckpt, .pt and .bin too, with a reader that runs nothing that is in them."""
-    device: Annotated[str, arg(metavar="D")] = "auto"
-    """cpu, cuda, cuda:1, mps; auto is a CUDA GPU if there is one, else the CPU."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The precision of the networks."""
-    prediction: Literal["auto", "eps", "v", "x0", "probe"] = "auto"
-    """What the U-Net says: noise, velocity or picture. auto reads it off the file, probe tries an SD 2.x file."""
-
-
-@dataclass(frozen=True)
-class Output:
-    """Where pictures go and what is said about them."""
-
-    output: Annotated[Path, arg(aliases=["-o"], metavar="PATH")] = Path()
-    """A .png file or a folder. Nothing is ever overwritten: a taken name gets a number."""
-    json: bool = False
-    """Print a JSON object for each picture."""
-    verbose: bool = False
-    """Say what the model file was found to be, by which rule, and where the time went."""
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """What to draw."""
-
-    prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT", help_behavior_hint="")]
-    """What to draw. Several prompts give a picture each."""
-    prompt_file: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
-    """More prompts, one a line."""
-    seed: Annotated[int, arg(metavar="N")] = -1
-    """Picture i of a prompt has seed + i; -1 draws one."""
-    count: Annotated[int, arg(metavar="N")] = 1
-    """Pictures of each prompt."""
-
-
-@dataclass(frozen=True)
-class Controls:
-    """Pictures that the result is held to, each by a ControlNet. Weight, start and end are given once for all or once
-    for each."""
-
-    control: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE", help_behavior_hint="")] = ()
-    """A ControlNet: a file, a diffusers folder, or a name in --models. May be given more than once; they add up."""
-    control_image: Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="FILE", help_behavior_hint="")] = ()
-    """The picture that it looks at: edges, a depth map, a pose ... One for each --control, in the same order."""
-    control_weight: Annotated[UseAppendAction[tuple[float, ...]], arg(metavar="X", help_behavior_hint="")] = ()
-    """How strongly it acts, 0 to 2; by default 1."""
-    control_start: Annotated[UseAppendAction[tuple[float, ...]], arg(metavar="X", help_behavior_hint="")] = ()
-    """The share of the steps before it begins to act; by default 0."""
-    control_end: Annotated[UseAppendAction[tuple[float, ...]], arg(metavar="X", help_behavior_hint="")] = ()
-    """The share of the steps after which it acts no more; by default 1."""
-    guess: bool = False
-    """Have all controls act on the prompt's side alone, so that an empty prompt will do; with --guidance 3 to 5."""
-    canny: bool = False
-    """Control images are ordinary pictures; show their edges instead (needs OpenCV)."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +23,11 @@ class Generate:
     """Draw pictures from text."""
 
     prompts: Prompts
+    sampling: Sampling = field(default_factory=Sampling)
     output: Output = field(default_factory=Output)
     model: Model = field(default_factory=Model)
-    sampling: Sampling = field(default_factory=Sampling)
-    controls: Controls = field(default_factory=Controls)
+    second_pass: SecondPass = field(default_factory=SecondPass)
+    details: Annotated[Details, arg(name="")] = field(default_factory=Details)
 
 
 @dataclass(frozen=True)
@@ -141,10 +39,180 @@ class Img2Img:
     """The PNG, JPEG or WebP picture to start from."""
     strength: Annotated[float, arg(metavar="X")] = DEFAULT_STRENGTH
     """The share of the steps that are run: near 0 keeps the picture, 1 forgets most of it."""
+    sampling: Sampling = field(default_factory=Sampling)
     output: Output = field(default_factory=Output)
     model: Model = field(default_factory=Model)
+    details: Annotated[Details, arg(name="")] = field(default_factory=Details)
+
+
+@dataclass(frozen=True)
+class Inpaint:
+    """Redraw a part of a picture, and keep every pixel of the rest."""
+
+    prompts: Prompts
+    image: Annotated[Path, arg(metavar="FILE")]
+    """The PNG, JPEG or WebP picture."""
+    mask: Annotated[Path, arg(metavar="FILE")]
+    """A picture of its size: white is redrawn, black is kept."""
+    strength: Annotated[float | None, arg(metavar="X", help_behavior_hint="")] = None
+    """The share of the steps that are run; by default 0.75, or 1 where --mask-fill is not original."""
+    mask_blur: Annotated[int, arg(metavar="PIXELS")] = 4
+    """Over which the redrawn fades into the kept, inwards."""
+    mask_fill: MaskFill = "original"
+    """What the redrawn part starts from: the picture, noise alone, or nothing."""
+    mask_invert: bool = False
+    """Redraw black and keep white."""
+    mask_soft: bool = False
+    """Take grey as a share of --strength; else from half grey on a pixel is redrawn."""
+    only_masked: bool = False
+    """Draw what surrounds the mask alone, at the model's size, and scale the result back."""
+    mask_padding: Annotated[int, arg(metavar="PIXELS")] = 32
+    """Of surroundings that are then shown around the mask."""
     sampling: Sampling = field(default_factory=Sampling)
-    controls: Controls = field(default_factory=Controls)
+    output: Output = field(default_factory=Output)
+    model: Model = field(default_factory=Model)
+    details: Annotated[Details, arg(name="")] = field(default_factory=Details)
+
+
+@dataclass(frozen=True)
+class Outpaint:
+    """Continue a picture beyond its edges."""
+
+    prompts: Prompts
+    image: Annotated[Path, arg(metavar="FILE")]
+    """The PNG, JPEG or WebP picture."""
+    all: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """Pixels to add on every side; those below go before it."""
+    left: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """Pixels to add on the left."""
+    top: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """Pixels to add at the top."""
+    right: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """Pixels to add on the right."""
+    bottom: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """Pixels to add at the bottom."""
+    strength: Annotated[float | None, arg(metavar="X", help_behavior_hint="")] = None
+    """The share of the steps that are run; by default 1."""
+    mask_blur: Annotated[int, arg(metavar="PIXELS")] = 4
+    """Over which the new fades into the old, outwards."""
+    sampling: Sampling = field(default_factory=Sampling)
+    output: Output = field(default_factory=Output)
+    model: Model = field(default_factory=Model)
+    details: Annotated[Details, arg(name="")] = field(default_factory=Details)
+
+
+@dataclass(frozen=True)
+class Upscale:
+    """Draw a picture four times as large, with a model made for it (x4-upscaler)."""
+
+    prompts: Prompts
+    image: Annotated[Path, arg(metavar="FILE")]
+    """The PNG, JPEG or WebP picture; a prompt that says what it shows helps."""
+    noise: Annotated[int, arg(metavar="N")] = 20
+    """How much noise the model sees over it, 0 to 350: more frees it to invent."""
+    sampling: Sampling = field(default_factory=Sampling)
+    output: Output = field(default_factory=Output)
+    model: Model = field(default_factory=Model)
+    details: Annotated[Details, arg(name="")] = field(default_factory=Details)
+
+
+@dataclass(frozen=True)
+class Variations:
+    """Draw pictures like another, with a model made for it (SD 2.1 unCLIP); a prompt may be left out."""
+
+    prompts: Prompts
+    image: Annotated[Path, arg(metavar="FILE")]
+    """The PNG, JPEG or WebP picture to vary."""
+    noise: Annotated[int, arg(metavar="N")] = 0
+    """How freely, 0 to 999."""
+    sampling: Sampling = field(default_factory=Sampling)
+    output: Output = field(default_factory=Output)
+    model: Model = field(default_factory=Model)
+    details: Annotated[Details, arg(name="")] = field(default_factory=Details)
+
+
+@dataclass(frozen=True)
+class Depth2Img:
+    """Redraw a picture and keep its depth, with a model made for it (SD 2 depth)."""
+
+    prompts: Prompts
+    image: Annotated[Path, arg(metavar="FILE")]
+    """The PNG, JPEG or WebP picture to start from."""
+    depth: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Its depth map, near is white."""
+    depth_model: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="")] = None
+    """Or a depth-estimation model in the layout of transformers, to find it."""
+    strength: Annotated[float, arg(metavar="X")] = DEFAULT_STRENGTH
+    """The share of the steps that are run: near 0 keeps the picture, 1 forgets most of it."""
+    sampling: Sampling = field(default_factory=Sampling)
+    output: Output = field(default_factory=Output)
+    model: Model = field(default_factory=Model)
+    details: Annotated[Details, arg(name="")] = field(default_factory=Details)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Draw one prompt over the values of one field, or of two: a picture with labelled axes."""
+
+    prompt: Annotated[Positional[str], arg(metavar="PROMPT")]
+    """What to draw."""
+    x: Annotated[str, arg(metavar="FIELD=V1,V2,...", help=AXIS_HELP)]
+    y: Annotated[str, arg(metavar="FIELD=V1,V2,...", help_behavior_hint="")] = ""
+    """What changes from row to row."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FILE")] = Path("grid.png")
+    """The .png file. Nothing is ever overwritten: a taken name gets a number."""
+    cells: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """A folder for each picture on its own, too, with all that made it."""
+    seed: Annotated[int, arg(metavar="N")] = -1
+    """The same for every picture; -1 draws one."""
+    image: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A picture to start from."""
+    strength: Annotated[float | None, arg(metavar="X", help_behavior_hint="")] = None
+    """The share of the steps that are run over it; by default 0.75."""
+    sampling: Sampling = field(default_factory=Sampling)
+    model: Model = field(default_factory=Model)
+    second_pass: SecondPass = field(default_factory=SecondPass)
+    details: Annotated[Details, arg(name="")] = field(default_factory=Details)
+
+
+@dataclass(frozen=True)
+class Show:
+    """Say how a picture was made, by what its file tells: ours, AUTOMATIC1111's text, or ComfyUI's graph."""
+
+    image: Annotated[Positional[Path], arg(metavar="IMAGE")]
+    """A PNG, JPEG or WebP picture."""
+    json: bool = False
+    """Print a JSON object."""
+
+
+@dataclass(frozen=True)
+class Redo:
+    """Make a picture again from what its file tells, and say how far the two differ.
+
+    Files are never taken from there: a model other than the one that ships, adapters and pictures have to be given.
+    """
+
+    original: Annotated[Positional[Path], arg(metavar="IMAGE")]
+    """A PNG, JPEG or WebP picture by ldm, AUTOMATIC1111 or ComfyUI."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="PATH")] = Path()
+    """A .png, .jpg or .webp file, or a folder. Nothing is ever overwritten: a taken name gets a number."""
+    image: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """The picture that it began with."""
+    mask: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Its mask."""
+    depth: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Its depth map."""
+    vary: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """The picture that it varied."""
+    control: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE", help_behavior_hint="")] = ()
+    """A ControlNet that held it. Repeatable."""
+    control_image: Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="FILE", help_behavior_hint="")] = ()
+    """The picture that a ControlNet looked at; one for each, in their order."""
+    refiner: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """The model that drew its last steps."""
+    json: bool = False
+    """Print a JSON object for each picture."""
+    model: Model = field(default_factory=Model)
 
 
 @dataclass(frozen=True)
@@ -235,4 +303,5 @@ class Train:
     """Stop after so many steps. By default the recipe's."""
 
 
-Command = Generate | Img2Img | Info | Convert | Sheet | Train
+TaskCommand = Generate | Img2Img | Inpaint | Outpaint | Upscale | Variations | Depth2Img
+Command = TaskCommand | Grid | Show | Redo | Info | Convert | Sheet | Train

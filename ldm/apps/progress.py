@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 
 def to_stderr(text: str) -> None:
     """Say something that is no result, in one line whatever is in it."""
-    line = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
-    print(f"ldm: {line}", file=sys.stderr)
+    print(f"ldm: {in_one_line(text)}", file=sys.stderr)
+
+
+def in_one_line(text: str) -> str:
+    """The text, with everything that a terminal would obey instead of show written as an escape."""
+    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
 
 
 @dataclass

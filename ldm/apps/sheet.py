@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import io
 import json
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.apps.generate import draw, load_model, request_fields
+from ldm.apps.fields import sampling_fields
+from ldm.apps.generate import draw, load_model
 from ldm.apps.options import Sheet
 from ldm.apps.progress import Stopwatch, progress_bar
+from ldm.apps.tiles import compose
 from ldm.errors import LdmError
-from ldm.pipeline.files import check_output, names_file, read_file, write_new
+from ldm.pipeline.files import check_output, read_file, write_new
 from ldm.pipeline.request import GenerateRequest
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-MARGIN = 4
-LABEL_LINES = 3
 MAX_PROMPTS = 400
 
 
@@ -29,11 +28,11 @@ def sheet(command: Sheet) -> None:
     """Draw the sheet and write it as PNG, its prompts in a text chunk. Raises `LdmError` for what cannot be."""
     if command.columns < 1:
         raise LdmError(f"columns: found {command.columns}, expected 1 or more")
-    if not names_file(command.output):
+    if command.output.suffix.lower() != ".png":
         raise LdmError(f"{command.output}: expected a name that ends in .png")
     check_output(command.output)
     prompts = _prompts(command.prompts)
-    fields = request_fields(command.sampling)
+    fields = sampling_fields(command.sampling)
     requests = [GenerateRequest(prompt=prompt, seed=command.seed, **fields) for prompt in prompts]
     watch = Stopwatch()
     with progress_bar(len(requests)) as bar:
@@ -44,29 +43,6 @@ def sheet(command: Sheet) -> None:
         grid = compose(pictures, command.columns, prompts if command.labels else None)
         path = _save(grid, command, prompts)
         bar.say(f"{path}  {len(pictures)} pictures, seed {command.seed}  {sum(watch.seconds.values()):.1f} s")
-
-
-def compose(
-    pictures: Sequence[Image.Image], columns: int, labels: Sequence[str] | None = None, margin: int = MARGIN
-) -> Image.Image:
-    """Pictures of one size -> a grid of them, row by row, on white; under each its label where there are labels."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    width, height = pictures[0].size
-    font = ImageFont.load_default(max(9, width // 12))
-    line = round(font.getbbox("Ag")[3]) + 1
-    cell = height + (line * LABEL_LINES + margin if labels else 0)
-    columns, rows = min(columns, len(pictures)), -(-len(pictures) // columns)
-    grid = Image.new("RGB", (columns * (width + margin) + margin, rows * (cell + margin) + margin), "white")
-    pen = ImageDraw.Draw(grid)
-    for index, picture in enumerate(pictures):
-        left, top = margin + index % columns * (width + margin), margin + index // columns * (cell + margin)
-        grid.paste(picture, (left, top))
-        if labels:
-            letters = max(8, int(width / font.getlength("e")))
-            text = textwrap.wrap(labels[index], letters, max_lines=LABEL_LINES, placeholder="…")
-            pen.multiline_text((left, top + height + 1), "\n".join(text), fill="black", font=font, spacing=1)
-    return grid
 
 
 def _prompts(path: Path | None) -> list[str]:

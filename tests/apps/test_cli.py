@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save, save_file
 
 from ldm import __version__
 from ldm.apps.cli import main
-from ldm.apps.generate import _hash_in_background
+from ldm.apps.generate import hash_in_background
 from ldm.models.presets import SystemConfig, sd1, sd2, small, tiny
 from ldm.pipeline.metadata import read_metadata
 
@@ -129,13 +129,13 @@ def test_the_user_decides_what_the_network_predicts(tiny_model, capsys):
     assert not np.array_equal(first, second)
 
 
-def test_notes_are_said(tiny_model, capsys):
-    assert main(["generate", "apple " * 90, "--steps", "1"]) == 0
-    assert "ldm: note: prompt: its last 15 tokens do not fit" in capsys.readouterr().err
+def test_notes_are_said(tiny_model, tiny_file, capsys):
+    assert main(["generate", "x", "--steps", "1", "--size", "64", "--model", str(tiny_file(tiny(sd1(9))))]) == 0
+    assert "ldm: note: this is an inpainting model: all of the picture is masked" in capsys.readouterr().err
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
-    "no command": ([], "Expected one of {generate, img2img, info, convert, sheet, train}"),
+    "no command": ([], "Expected one of {generate, img2img, inpaint, outpaint, upscale, variations, depth2img, grid,"),
     "unknown command": (["genrate"], "genrate; Available subcommands: generate, img2img"),
     "no prompt": (["generate"], 'prompt: found none, expected what to draw; try: ldm generate "a red apple"'),
     "unknown flag": (["generate", "x", "--sede", "3"], "--sede, 3; did you mean --seed?"),
@@ -172,8 +172,8 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "empty prompts": (["generate", "--prompt-file", "empty"], "prompt: found none"),
     "prompt folder": (["generate", "--prompt-file", "folder"], "folder: found a folder, expected a file"),
     "output -": (["generate", "x", "-o", "-"], "output: found -"),
-    "output jpg": (["generate", "x", "-o", "a.jpg"], "a.jpg: expected a name that ends in .png, or a folder"),
-    "output file": (["generate", "x", "-o", "empty"], "empty: expected a name that ends in .png, or a folder"),
+    "output gif": (["generate", "x", "-o", "a.gif"], "a.gif: expected a name that ends in .png, .jpg or .webp, or a f"),
+    "output file": (["generate", "x", "-o", "empty"], "empty: expected a name that ends in .png, .jpg or .webp, "),
     "output below a file": (["generate", "x", "-o", "empty/a.png"], "empty: is not a folder"),
     "output long": (["generate", "x", "-o", "x" * 300], "cannot be written (file name too long); choose another"),
     "output long png": (["generate", "x", "-o", "x" * 300 + ".png"], "cannot be written (file name too long)"),
@@ -325,7 +325,7 @@ def test_a_hash_that_fails_is_not_waited_for(tiny_model, monkeypatch):
 
     monkeypatch.setattr("hashlib.file_digest", fail)
     with pytest.raises(MemoryError):
-        _hash_in_background(tiny_model).result(timeout=60)
+        hash_in_background(tiny_model).result(timeout=60)
 
 
 def test_training_without_its_packages(tmp_path):
@@ -394,7 +394,24 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"ldm {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["generate", "img2img", "info", "sheet", "train"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate",
+        "img2img",
+        "inpaint",
+        "outpaint",
+        "upscale",
+        "variations",
+        "depth2img",
+        "grid",
+        "show",
+        "redo",
+        "info",
+        "sheet",
+        "train",
+    ],
+)
 def test_help_of_every_command(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

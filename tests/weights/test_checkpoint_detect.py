@@ -38,7 +38,9 @@ LAYOUTS: dict[str, SystemConfig] = {
 }
 
 WITHOUT_TEXT = replace(
-    small(), text=(), unet=replace(small().unet, context_width=None, linear_projections=False, classes=10)
+    small(),
+    text=(),
+    unet=replace(small().unet, context_width=None, vector_width=None, linear_projections=False, classes=10),
 )
 
 

@@ -29,6 +29,12 @@ from ldm.weights.io import TensorInfo
 from ldm.weights.layout import FIRST_STAGE, UNET
 from ldm.weights.source import Source, open_source
 
+WITHOUT_POOLED = replace(
+    small(),
+    unet=replace(small().unet, vector_width=None),
+    text=tuple(replace(use, pooled=False) for use in small().text),
+)
+
 SYSTEMS: dict[str, SystemConfig] = {
     "sd1": tiny(sd1()),
     "sd1-inpainting": tiny(sd1(9)),
@@ -38,7 +44,7 @@ SYSTEMS: dict[str, SystemConfig] = {
     "sdxl-inpainting": tiny(sdxl(9)),
     "sdxl-refiner": tiny(sdxl_refiner()),
     "upscaler": tiny(sd_x4_upscaler()),
-    "ours": tiny(small()),
+    "ours-without-pooled-text": tiny(WITHOUT_POOLED),
 }
 PIPELINES = {
     "sd1": "StableDiffusionPipeline",
@@ -49,7 +55,7 @@ PIPELINES = {
     "sdxl-inpainting": "StableDiffusionXLInpaintPipeline",
     "sdxl-refiner": "StableDiffusionXLImg2ImgPipeline",
     "upscaler": "StableDiffusionUpscalePipeline",
-    "ours": "StableDiffusionPipeline",
+    "ours-without-pooled-text": "StableDiffusionPipeline",
 }
 
 
@@ -107,12 +113,15 @@ def test_what_is_known_of_a_system_comes_back(name: str, folders: Any) -> None:
     _, folder = folders(name)
     source = open_source(folder)
     assert detect(source).config == held_config(SYSTEMS[name])
-    if name not in ("ours", "upscaler"):  # whose norms, schedule or scale no file of diffusers' tells us
+    if name not in (
+        "ours-without-pooled-text",
+        "upscaler",
+    ):  # whose norms, schedule or scale no file of diffusers' tells us
         others = replace(source, metadata={})
         assert detect(others).config == held_config(SYSTEMS[name])
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd2-v", "sdxl", "ours"])
+@pytest.mark.parametrize("name", ["sd1", "sd2-v", "sdxl", "ours-without-pooled-text"])
 def test_their_picture_is_ours(name: str, folders: Any) -> None:
     """Their pipeline, started from our folder with the scheduler that it names, ends at our latents."""
     single, folder = folders(name)
@@ -220,6 +229,13 @@ def test_what_has_no_place_is_named(tiny_file: Callable[[SystemConfig], Path], t
     left = write_folder(tmp_path / "x", source, SYSTEMS["sd2-v"])
     assert len(left) == 13  # of the last text block 12, and the projection
     assert all(".resblocks.1." in name or name.endswith("text_projection") for name in left)
+
+
+def test_a_system_that_diffusers_has_no_pipeline_for(tiny_file: Callable[[SystemConfig], Path], tmp_path: Path) -> None:
+    config = tiny(small())
+    with pytest.raises(LdmError, match=r"no folder of diffusers is written of ldm .* a vector of 32; choose a single"):
+        write_folder(tmp_path / "x", open_source(tiny_file(config)), config)
+    assert not (tmp_path / "x").exists()
 
 
 def test_nothing_is_replaced_and_nothing_is_left_behind(folders: Any, tmp_path: Path) -> None:
