@@ -81,12 +81,17 @@ def redo(command: Redo) -> None:
         to_stderr(f"cannot be matched: {line}")
     model = replace(command.model, file=model_file(command, remake), dtype=_dtype(command, found))
     request = _without_lost_adapters(request, model)
-    with progress_bar(request.count) as bar:
+    place, size = _batch(found)
+    with progress_bar(size) as bar:
         loaded = _loaded(command, model, request, watch)
         digest = file_hash(loaded.origin.path)
         for line in mismatches(loaded, digest, found, remake):
             to_stderr(f"warning: {line}")
-        for drawn in draw(loaded, request, bar, watch, 0):
+        from ldm.pipeline.sample import together
+
+        for drawn in draw(loaded, request if size == 1 else together(request, place, size), bar, watch, 0):
+            if size > 1 and drawn.index != place:
+                continue
             path = drawn.save(_target(command, found), model_hash=digest)
             bar.say(_line(path, difference(original, read_picture(read_file(path, MAX_PICTURE_FILE))), command, remake))
 
@@ -97,6 +102,16 @@ def request_of(command: Redo, remake: Remake) -> GenerateRequest:
     pictures = {name: read_file(path, MAX_PICTURE_FILE) for name, path in given.items() if path is not None}
     controls = [read_file(path, MAX_PICTURE_FILE) for path in command.control_image]
     request = remake.request(pictures, controls)
+    if (request.refine_at is None) != (command.refiner is None):
+        raise LdmError(
+            "refiner: found one, but the picture was made without; leave it out"
+            if command.refiner is not None
+            else "refiner: found none, expected the model that drew the last steps; give it by --refiner"
+        )
+    if remake.controls and not command.control:
+        raise LdmError("control: found none, expected each ControlNet that held the picture; give it by --control")
+    if request.seed in (None, -1):
+        to_stderr("cannot be matched: seed: none is told, so one is drawn")
     told = [(given[name], data, remake.pictures[name]) for name, data in pictures.items()]
     told += [
         (path, data, known.get("image_sha256"))
@@ -124,7 +139,8 @@ def model_file(command: Redo, remake: Remake) -> Path | None:
         path = find("checkpoint", remake.model, model_roots(command.model.models))
         if same_file(path, remake.model_hash):
             return path
-    told = f"{shown(remake.model)} [{shown(remake.model_hash)}]" if remake.model or remake.model_hash else "not told"
+    digits = f"[{shown(remake.model_hash[:10])[1:-1]}]" if remake.model_hash else ""
+    told = " ".join(filter(None, [shown(remake.model) if remake.model else "", digits])) or "not told"
     raise LdmError(f"model: the picture's is {told}, and not the one that ships; name its file by --model")
 
 
@@ -139,6 +155,14 @@ def same_file(path: Path, told: str | None) -> bool:
     return (file_hash(path) or "").startswith(told)
 
 
+def _batch(found: Metadata) -> tuple[int, int]:
+    """The picture's place among how many that were drawn at once, which decides how sums are rounded."""
+    told = None if found.record is None else found.record.get("batch")
+    if isinstance(told, list) and len(told) == 2 and all(isinstance(number, int) for number in told):
+        return told[0], told[1]
+    return 0, 1
+
+
 def _dtype(command: Redo, found: Metadata) -> Dtype:
     """The precision told, where none is asked for and every machine has it."""
     told = None if found.record is None else found.record.get("dtype")
@@ -150,9 +174,8 @@ def _without_lost_adapters(request: GenerateRequest, model: Model) -> GenerateRe
     text, named = adapters_in(request.prompt) if request.emphasis != "literal" else ("", ())
     if not named or model.models or model.lora:
         return request
-    to_stderr(
-        f"warning: prompt: its {len(named)} adapters are left out; give them by --lora, or their folder by --models"
-    )
+    names = ", ".join(shown(adapter.name) for adapter in named[:20])
+    to_stderr(f"warning: prompt: without its adapters ({names}); give them by --lora, or their folder by --models")
     return request.changed(prompt=text)
 
 
@@ -185,7 +208,8 @@ def mismatches(model: LatentDiffusion, digest: str | None, found: Metadata, rema
         return
     if (dtype := str(model.dtype).removeprefix("torch.")) != (told := record.get("dtype")):
         yield f"dtype: is {dtype}, but the picture's was {shown(told)}; see --dtype"
-    parts = [{"kind": part.kind, "name": part.name, "hash": part.hash} for part in model.origin.parts]
+    others = (*model.origin.parts, *(() if model.refiner is None else model.refiner.origin.as_refiner))
+    parts = [{"kind": part.kind, "name": part.name, "hash": part.hash} for part in others]
     embeddings = [{"name": embedding.name, "hash": embedding.hash} for embedding in model.embeddings]
     given = {"parts": parts, "adapters": [asdict(adapter) for adapter in model.adapters], "embeddings": embeddings}
     for kind, here in given.items():

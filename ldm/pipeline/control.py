@@ -108,16 +108,6 @@ def prepare_hints(model: LatentDiffusion, request: GenerateRequest, sigmas: Tens
     return tuple(hints)
 
 
-def idle(request: GenerateRequest, sigmas: Tensor) -> tuple[str, ...]:
-    """A line for each control that acts on none of the steps, since its share of them is too short."""
-    steps = len(sigmas) - 1
-    return tuple(
-        f"control {c.network}: from {c.start:g} to {c.end:g} there is no whole step of the {steps}; it did not act"
-        for c in request.controls
-        if not _steps_between(steps, c.start, c.end)
-    )
-
-
 def named(model: LatentDiffusion, name: str) -> ControlNet:
     """The control network of this name. Raises LdmError that lists those that the model was given."""
     if name in model.controls:
@@ -139,7 +129,7 @@ def timesteps_between(schedule: NoiseSchedule, sigmas: Tensor, start: float, end
     step would be. Each bound stands a hundredth of a step away from the timestep that it divides from, for rounding;
     None: there is no such step.
     """
-    steps = _steps_between(len(sigmas) - 1, start, end)
+    steps = steps_between(len(sigmas) - 1, start, end)
     if not steps:
         return None
     timesteps = schedule.timestep(sigmas).tolist()
@@ -152,7 +142,7 @@ def timesteps_between(schedule: NoiseSchedule, sigmas: Tensor, start: float, end
     return low, high
 
 
-def _steps_between(count: int, start: float, end: float) -> list[int]:
+def steps_between(count: int, start: float, end: float) -> list[int]:
     """The steps that lie wholly between two shares of `count` steps."""
     return [step for step in range(count) if step / count >= start and (step + 1) / count <= end]
 

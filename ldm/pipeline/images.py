@@ -72,7 +72,7 @@ def _read(data: bytes, flat: Callable[[Image.Image], Image.Image]) -> Image.Imag
             f"image: found far more than {MAX_PIXELS} pixels, expected at most that; scale it down"
         ) from None
     except DAMAGED:
-        raise LdmError(f"image: found {_what(data)}, expected a PNG, JPEG or WebP picture") from None
+        raise LdmError(f"image: found {what_is(data)}, expected a PNG, JPEG or WebP picture") from None
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise LdmError(f"image: found {width}x{height}, expected at most {MAX_PIXELS} pixels; scale it down")
@@ -134,13 +134,17 @@ def _flat(image: Image.Image, ground: str = "white") -> Image.Image:
     return image.convert("RGB")
 
 
-def _what(data: bytes) -> str:
-    """What a file that is no picture seems to be."""
+def what_is(data: bytes) -> str:
+    """What a file that is no PNG, JPEG or WebP picture seems to be; "an empty file" and the like."""
     start = data[:256].lstrip().lower()
+    if not data:
+        return "an empty file"
     if start.startswith((b"<!doctype html", b"<html")):
         return "a web page"
     if start.startswith((b"<svg", b"<?xml")):
         return "an SVG or XML file"
+    if start.startswith(b"gif8"):
+        return "a GIF"
     if start.startswith(b"%pdf"):
         return "a PDF"
     if data.startswith((b"\x89PNG", b"\xff\xd8\xff", b"RIFF")):

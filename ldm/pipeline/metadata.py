@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ldm.errors import LdmError
 from ldm.pipeline import comfy_graph, infotext, infotext_fields
 from ldm.pipeline.exif import KEYWORD, read_exif
 from ldm.pipeline.files import read_file, reason
-from ldm.pipeline.images import DAMAGED
+from ldm.pipeline.images import DAMAGED, what_is
 from ldm.pipeline.remake import PICTURES, Remake
 from ldm.pipeline.request import GenerateRequest
 from ldm.pipeline.validation import shown
@@ -86,14 +87,17 @@ def read_metadata(path: str | Path) -> Metadata:
     """
     data = read_file(Path(path), MAX_FILE)
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-            warnings.simplefilter("ignore")  # Pillow's, of broken EXIF, which is left out
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of broken EXIF, which is left out, and of size: ours is lower
+            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
             if image.width * image.height > MAX_PIXELS:
                 raise LdmError(f"{path}: found {image.width}x{image.height} pixels, expected at most {MAX_PIXELS}")
             image.load()  # text may stand behind the pixels
             texts = {str(name): value for name, value in image.info.items() if isinstance(value, str)}
             texts |= read_exif(image)
             kind, size = image.format or "", image.size
+    except UnidentifiedImageError:
+        raise LdmError(f"{path}: found {what_is(data)}, expected a PNG, JPEG or WebP picture") from None
     except (*DAMAGED, Image.DecompressionBombError) as error:
         raise LdmError(f"{path}: cannot be read as a PNG, JPEG or WebP picture ({reason(error)})") from None
     return _metadata(kind, size, texts)
@@ -125,17 +129,21 @@ def _long(text: str) -> bool:
 
 
 def _object(texts: dict[str, str], name: str, notes: list[str]) -> dict[str, Any] | None:
-    """A JSON object; NaN, which ComfyUI writes, becomes null."""
+    """A JSON object; NaN, which ComfyUI writes, becomes null, as does what is too large for a number."""
     if name not in texts:
         return None
     try:
-        found = json.loads(texts[name], parse_constant=lambda _: None)
+        found = json.loads(texts[name], parse_constant=lambda _: None, parse_float=_finite)
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or _depth(found) > MAX_DEPTH:
         notes.append(f"{name}: no JSON object that can be read; left out")
         return None
     return found
+
+
+def _finite(digits: str) -> float | None:
+    return number if math.isfinite(number := float(digits)) else None
 
 
 def _depth(value: Any) -> int:

@@ -58,6 +58,7 @@ class Picture:
     model:   the model's name, None if it has none; dtype: of its U-Net
     notes:   what a reader should know, a line each
     seconds: its share of the time that denoising and decoding took
+    batch:   its place among so many that were drawn at once; alone it may differ by rounding
     adapters: those of the model
     embeddings: (name, SHA-256 of the file) of those that the prompts name
     parts: those of the model that are not its own file's
@@ -74,6 +75,7 @@ class Picture:
     adapters: tuple[AppliedAdapter, ...] = ()
     embeddings: tuple[tuple[str, str], ...] = ()
     parts: tuple[OtherPart, ...] = ()
+    batch: tuple[int, int] = (0, 1)
 
     def save(self, path: str | Path, *, model_hash: str | None = None) -> Path:
         """Write a picture with all metadata at `path`, or at path-2, path-3 ... where that is taken. Returns the path.
@@ -113,6 +115,7 @@ def record_of(picture: Picture, model_hash: str | None = None) -> dict[str, Any]
         "model_hash": model_hash,
         "parts": [{"kind": part.kind, "name": part.name, "hash": part.hash} for part in picture.parts],
         "dtype": picture.dtype,
+        "batch": list(picture.batch),
         "notes": list(picture.notes),
         "adapters": [asdict(adapter) for adapter in picture.adapters],
         "embeddings": [{"name": name, "hash": digest} for name, digest in picture.embeddings],

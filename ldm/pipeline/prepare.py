@@ -28,9 +28,11 @@ Tell = Callable[[Conditioning], Conditioning]
 Show = Callable[[LatentDiffusion, GenerateRequest], tuple[Tell, tuple[str, ...]]]
 """What a task shows a model beside the latent, at the size of a resolved request, and notes; `as_trained` is one."""
 
-
 Spans = tuple[tuple[int, str], ...]
 """What a prompt says over the steps: (from this one on, what)."""
+
+LEADING_STEPS = 3
+"""With fewer steps the levels of "leading" begin in what is half a picture, or all of it, and no noise can be drawn."""
 
 CHANGING: tuple[Emphasis, ...] = ("a1111", "no-norm", "ignore")
 """Whose rules have prompts that change with the steps, and of several parts."""
@@ -56,7 +58,8 @@ def resolve(model: LatentDiffusion, request: GenerateRequest) -> GenerateRequest
 def _schedule(model: LatentDiffusion, request: GenerateRequest) -> str:
     """The request's schedule, or what suits the sampler and the model; where a table is the model's own, that one."""
     schedule = request.schedule or SAMPLERS[request.sampler].schedule
-    if request.schedule is None and model.config.zero_terminal_snr:
+    begins_too_low = schedule == "leading" and request.steps < LEADING_STEPS
+    if request.schedule is None and (model.config.zero_terminal_snr or begins_too_low):
         schedule = "trailing"
     aligned_for_sdxl = schedule == "align-your-steps" and model.config.family in ("sdxl", "sdxl-refiner")
     return "align-your-steps-sdxl" if aligned_for_sdxl else schedule
@@ -79,6 +82,11 @@ def last_steps(sigmas: Tensor, count: int) -> Tensor:
     return sigmas[-(count + 1) :]
 
 
+def begun_between(steps: int, start: float, end: float) -> list[int]:
+    """Which of so many steps begin between two shares of them all, the second one not included."""
+    return [step for step in range(steps) if start <= step / steps < end]
+
+
 def told_over(
     model: LatentDiffusion, request: GenerateRequest, sigmas: Tensor, tell: Tell = lambda cond: cond
 ) -> list[tuple[float, Told]]:
@@ -88,8 +96,8 @@ def told_over(
     Raises `LdmError` where the prompt names an adapter that the model does not have.
     """
     steps = len(sigmas) - 1
-    parts = _spans(model, request, steps)
-    negative = _negative_spans(model, request, steps)
+    parts = prompt_spans(model, request, steps)
+    negative = negative_spans(model, request, steps)
     zeros = request.empty_negative == "zeros" and not request.negative
 
     @cache
@@ -122,7 +130,7 @@ def told_over(
     ]
 
 
-def _spans(model: LatentDiffusion, request: GenerateRequest, steps: int) -> list[tuple[Spans, float]]:
+def prompt_spans(model: LatentDiffusion, request: GenerateRequest, steps: int) -> list[tuple[Spans, float]]:
     """The parts of the prompt: what each says over the steps, and its weight."""
     text = _without_adapters(model, request.prompt, request.emphasis)
     if request.emphasis not in CHANGING:
@@ -130,7 +138,7 @@ def _spans(model: LatentDiffusion, request: GenerateRequest, steps: int) -> list
     return [(schedule_of(part, steps), weight) for part, weight in alternatives(text)]
 
 
-def _negative_spans(model: LatentDiffusion, request: GenerateRequest, steps: int) -> Spans:
+def negative_spans(model: LatentDiffusion, request: GenerateRequest, steps: int) -> Spans:
     """What the negative prompt says over the steps. It has no parts: AND is a word in it."""
     text = _without_adapters(model, request.negative, request.emphasis)
     return schedule_of(text, steps) if request.emphasis in CHANGING else ((0, text),)
@@ -142,7 +150,7 @@ def _at(spans: Spans, step: int) -> str:
 
 
 def _just_above(sigmas: Tensor, step: int) -> float:
-    """A level between a step's first one and whatever the step before asks within itself."""
+    """A level just above a step's first one: what is asked at the end of the step before is told the same already."""
     return math.inf if step == 0 else float(sigmas[step]) * (1 + 1e-5)
 
 

@@ -14,9 +14,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ldm.errors import LdmError
 from ldm.pipeline.names import SamplerName, ScheduleName, nearest_sampler, sampler_named, schedule_named
+from ldm.pipeline.prompt import Emphasis
 from ldm.pipeline.validation import PictureBytes, Record, Share, Text, shown, tuple_of_list
 
-Emphasis = Literal["a1111", "no-norm", "comfy", "compel", "ignore", "literal"]
 Rng = Literal["cpu", "philox", "comfy"]
 MaskFill = Literal["original", "noise", "zero"]
 Upscaling = Literal["latent", "lanczos"]
@@ -33,6 +33,13 @@ MAX_PIXELS = 2048 * 1536
 MAX_SEED = 2**63 - 1
 MAX_JSON = 40 * 2**20
 MAX_EXTEND = 1024
+MAX_COMFY_BATCH = 64
+
+NEEDS: dict[str, tuple[str, ...]] = {
+    "mask_invert": ("mask",), "mask_soft": ("mask",), "only_masked": ("mask",), "mask_padding": ("only_masked",),
+    "mask_blur": ("mask", "extend"), "mask_fill": ("mask", "extend"), "vary_noise": ("vary",),
+}  # fmt: skip
+"""Fields that mean nothing but together with one of others: a fault where they are changed without."""
 
 Side = Annotated[
     int | None,
@@ -122,10 +129,10 @@ class GenerateRequest(Record):
         empty_negative:   what an empty `negative` is: the encoded empty text, or zeros (as SDXL in diffusers)
         original_size, crop: what SDXL is told: the (width, height) that a picture had before it was scaled, by default
                           its own, and the (left, top) of where it was cut from it
-        width, height:    in pixels; None: the model's own size, in the shape of `image`, or of the first control's
-                          picture, where there is one. With `mask` or `extend` what is drawn at before it is scaled
-                          back to its place, None: the place's own size where the model draws such; the picture
-                          itself keeps the size of `image`, and `extend` more
+        width, height:    in pixels; None: the model's own size, in the shape of the first that there is of `image`,
+                          `depth` and the first control's picture. With `mask` or `extend` what is drawn at before it
+                          is scaled back to its place, None: the place's own size where the model draws such; the
+                          picture itself keeps the size of `image`, and `extend` more
 
     How it is drawn
         steps:            of the sampler, 1..1000
@@ -281,6 +288,11 @@ class GenerateRequest(Record):
                 raise LdmError(f"{name}: found {seed} for {self.count} pictures, expected seed + count - 1 below 2^63")
         if self.batch_index and self.rng != "comfy":
             raise LdmError(f"batch_index: found with rng {self.rng}, expected comfy, where it means something")
+        if self.batch_index + self.count > MAX_COMFY_BATCH:
+            raise LdmError(
+                f"batch_index: found {self.batch_index} for {self.count} pictures, expected batch_index + count at most"
+                f" {MAX_COMFY_BATCH}"
+            )
         if self.variation_seed is not None and not self.variation_strength:
             raise LdmError("variation_seed: found without variation_strength, expected how far to go; give it too")
 
@@ -299,8 +311,10 @@ class GenerateRequest(Record):
             self._check_steps("strength", self.share, self.steps)
         if self.extend is not None and not any(self.extend):
             raise LdmError("extend: found 0 pixels on every side, expected some on one; name a side")
-        if self.only_masked and self.mask is None:
-            raise LdmError("only_masked: found without a mask, expected one; give mask")
+        for name, others in NEEDS.items():
+            changed = getattr(self, name) != type(self).model_fields[name].default
+            if changed and all(getattr(self, other) in (None, False) for other in others):
+                raise LdmError(f"{name}: found without {' or '.join(others)}, where alone it acts; give that too")
         for name in ("image", "mask", "depth", "vary"):
             if (data := getattr(self, name)) is not None:
                 _check_picture("" if name == "image" else name, data)

@@ -25,14 +25,15 @@ from ldm.diffusion.noise import PerImageNoise, per_image_noise
 from ldm.diffusion.state import finish_state
 from ldm.errors import LdmError
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.pipeline.control import Controlled, Hint, acted_on, idle, prepare_hints
+from ldm.pipeline.control import Controlled, Hint, acted_on, prepare_hints
 from ldm.pipeline.device import is_out_of_memory
 from ldm.pipeline.embeddings import used_in
 from ldm.pipeline.images import to_image
 from ldm.pipeline.latent_diffusion import LatentDiffusion
+from ldm.pipeline.notes import notes_on
 from ldm.pipeline.picture import Picture
+from ldm.pipeline.prepare import begun_between
 from ldm.pipeline.request import GenerateRequest
-from ldm.pipeline.validation import shown
 from ldm.samplers import SAMPLERS
 from ldm.types import Denoise, NoiseSource, Step
 
@@ -111,8 +112,8 @@ def run(model: LatentDiffusion, job: Job) -> Iterator[Progress | Picture]:
     picture does not, and when a step or a decoded picture is not finite.
     """
     stages = [_controlled(stage) for stage in job.stages]
-    idle_controls = (note for stage in job.stages for note in idle(stage.request, stage.sigmas))
-    job = replace(job, notes=(*job.notes, *_words_left_out(model, job.request), *idle_controls))
+    runs = [(stage.request, stage.steps) for stage in job.stages]
+    job = replace(job, notes=(*job.notes, *notes_on(model, job.request, runs)))
     count = job.request.count
     size = min(batch_size(stage.request) for stage in job.stages)
     first = 0
@@ -201,15 +202,9 @@ def _batch(
             seconds=share + time.perf_counter() - begun,
             adapters=model.adapters,
             embeddings=_embeddings(model, request),
+            batch=(index, count),
             parts=model.origin.parts if last.model is model else (*model.origin.parts, *last.model.origin.as_refiner),
         )
-
-
-def _words_left_out(model: LatentDiffusion, request: GenerateRequest) -> Iterator[str]:
-    """A line for each prompt that is too long even for chunks."""
-    for name, text in (("prompt", request.prompt), ("negative", request.negative)):
-        if cut := model.words_cut(text, request.emphasis):
-            yield f"{name}: too long; left out from here on: {shown(cut)}"
 
 
 def alone(request: GenerateRequest, index: int) -> GenerateRequest:
@@ -221,6 +216,20 @@ def alone(request: GenerateRequest, index: int) -> GenerateRequest:
     if request.variation_seed is not None:
         own["variation_seed"] = request.variation_seed + index
     return request.model_copy(update=own)
+
+
+def together(request: GenerateRequest, place: int, size: int) -> GenerateRequest:
+    """The way back from `alone`: the request of all `size` pictures of a batch, of one that had this place in it.
+
+    Raises `LdmError` where there can be no such batch.
+    """
+    assert request.seed is not None
+    counted = {"batch_index": request.batch_index} if request.rng == "comfy" else {"seed": request.seed}
+    if request.variation_seed is not None:
+        counted["variation_seed"] = request.variation_seed
+    if not 0 <= place < size <= MAX_BATCH or min(counted.values()) < place:
+        raise LdmError(f"batch: found place {place} of {size}, expected one that fits the seed; the record is damaged")
+    return request.changed(count=size, **{name: value - place for name, value in counted.items()})
 
 
 def _noise(
@@ -273,11 +282,13 @@ def guidance_of(stage: Stage) -> Guidance:
 
 
 def _levels_between(sigmas: Tensor, start: float, end: float) -> tuple[float, float] | None:
-    """(low, high) of the steps that begin between two shares of all; what a step asks within itself goes with it."""
+    """(low, high) of the steps that begin between two shares of all, None for all of them.
+
+    What a step asks on its way goes with it, and what it asks at its end goes with the next.
+    """
     levels: list[float] = sigmas.tolist()
-    steps = len(levels) - 1
-    inside = [i for i in range(steps) if start <= i / steps < end]
-    if len(inside) == steps:
+    inside = begun_between(len(levels) - 1, start, end)
+    if len(inside) == len(levels) - 1:
         return None
     return (levels[inside[-1] + 1] * (1 + 1e-5), levels[inside[0]]) if inside else (math.inf, math.inf)
 

@@ -27,11 +27,14 @@ def one_by_one(
 ) -> Iterator[Progress | Picture]:
     """Run a job picture by picture, since what the U-Net is told differs from one to the next.
 
-    tell: what a stage's U-Net is told, and the request of one picture alone -> what it is told for this one
+    tell: what a stage's U-Net is told, and the request of one picture alone -> what it is told for this one; a
+          refiner, which is another model, is told nothing more
     """
     for index in range(job.request.count):
         request = alone(job.request, index)
-        stages = [replace(stage, told=tell(stage.told, request)) for stage in job.stages]
+        stages = [
+            replace(stage, told=tell(stage.told, request)) if stage.model is model else stage for stage in job.stages
+        ]
         for event in run(model, replace(job, request=request, stages=stages)):
             yield replace(event, index=index) if isinstance(event, Picture) else replace(event, first=index)
 

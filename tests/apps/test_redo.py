@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import re
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -59,6 +63,29 @@ def test_our_own_picture_is_the_same_bit_for_bit(name, tiny_model, tmp_path, cap
     assert read_metadata(name).request() == read_metadata(again).request()
 
 
+@pytest.mark.parametrize(
+    "fields", [("--seed", "4"), ("--seed", "4", "--rng", "comfy"), ("--variation-strength", "0.3")]
+)
+def test_a_picture_of_a_batch_is_drawn_in_the_same_batch(fields, tiny_model, tmp_path, capsys):
+    """On a batch, sums are rounded otherwise than alone."""
+    assert main(["generate", "x", "--steps", "3", "--count", "3", *fields, "-o", "drawn"]) == 0
+    drawn = sorted((tmp_path / "drawn").iterdir())
+    assert [read_metadata(path).record["batch"][1] for path in drawn] == [3, 3, 3]
+    for path in drawn:
+        assert main(["redo", str(path), "-o", "again"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("bit-identical") == 3 and err == ""
+
+
+@pytest.mark.parametrize("batch", [[5, 3], [-1, 3], [2, 10**9], [1, 2]])
+def test_a_batch_that_cannot_be(batch, tiny_model, tmp_path, capsys):
+    assert main(["generate", "x", "--steps", "1", "--seed", "0", "-o", "a.png"]) == 0
+    record = read_metadata("a.png").record | {"batch": batch}
+    written("b.png", ldm=json.dumps(record))
+    assert main(["redo", "b.png"]) == 2
+    assert "batch: found place" in capsys.readouterr().err
+
+
 def test_a_picture_that_began_with_a_picture(tiny_model, tmp_path, capsys):
     for name, colour in (("in.png", "red"), ("other.png", "blue")):
         Image.new("RGB", (64, 64), colour).save(name)
@@ -104,12 +131,27 @@ def test_the_web_ui(tiny_model, capsys):
     written("a.png", parameters=infotext(f"Model hash: {digest}, Model: x", "x <lora:y:1>"))
     assert main(["redo", "a.png"]) == 0
     out, err = capsys.readouterr()
-    assert "differs by" in out and "cannot be matched: numbers:" in err and "its 1 adapters are left out" in err
+    assert "differs by" in out and "cannot be matched: numbers:" in err and 'without its adapters ("y"); give' in err
     request = read_metadata("a-redo.png").request()
     assert request is not None and (request.seed, request.sampler, request.rng) == (5, "euler-a", "philox")
     written("b.png", parameters=infotext("Model: /etc/passwd"))
     assert main(["redo", "b.png"]) == 2 and main(["redo", "b.png", "--models", "."]) == 2
     assert capsys.readouterr().err.count("\n") >= 2
+
+
+def test_a_picture_without_a_seed(tiny_model, capsys):
+    digest = hashlib.sha256(tiny_model.read_bytes()).hexdigest()[:10]
+    written("a.png", parameters=infotext(f"Model hash: {digest}").replace("Seed: 5, ", ""))
+    assert main(["redo", "a.png"]) == 0
+    assert "cannot be matched: seed: none is told, so one is drawn" in capsys.readouterr().err
+
+
+def test_a_picture_that_was_held_needs_what_held_it(tiny_model, capsys):
+    Image.new("RGB", (64, 64)).save("in.png")
+    control = {"network": "canny", "image_sha256": None}
+    written("a.png", ldm=json.dumps({"request": {"prompt": "x", "controls": [control]}}))
+    assert main(["redo", "a.png", "--control-image", "in.png"]) == 2
+    assert "control: found none, expected each ControlNet" in capsys.readouterr().err
 
 
 def test_comfyui(tiny_model, capsys):
@@ -140,6 +182,9 @@ def test_comfyui(tiny_model, capsys):
         ({"ldm": '{"request": {"prompt": "x", "width": 100000}}'}, "width: found 100000"),
         ({"ldm": '{"request": {"prompt": "x"}, "model_hash": "", "model": "a"}'}, "name its file by --model"),
         ({"ldm": '{"request": {"prompt": "x"}, "model_hash": ["a"], "model": 5}'}, "the picture's is not told"),
+        ({"parameters": infotext("Model hash: 0123456789, Model: sd")}, 'the picture\'s is "sd" [0123456789], and'),
+        ({"ldm": '{"request": {"prompt": "x", "refine_at": 0.5}}'}, "refiner: found none, .* give it by --refiner"),
+        ({"ldm": '{"request": {"prompt": "\\ud800", "width": 64, "height": 64}}'}, "prompt: found "),
         ({"parameters": infotext("Model hash: zzz, Model: \x1b[2J")}, "\\u001b[2J"),
     ],
 )
@@ -147,7 +192,8 @@ def test_hostile_pictures_are_refused_in_a_line(chunks, message, tiny_model, cap
     written("a.png", **chunks)
     assert main(["redo", "a.png"]) == 2
     err = capsys.readouterr().err
-    assert message in err and "\x1b" not in err and "Traceback" not in err
+    assert re.search(message.replace("[", r"\["), err) if ".*" in message else message in err
+    assert "\x1b" not in err and "Traceback" not in err
     assert [path.name for path in Path().iterdir()] == ["a.png"]
 
 
@@ -158,6 +204,9 @@ HOSTILE = {
     "types": {"ldm": json.dumps({"request": {"prompt": {"\x1b": 1}, "steps": [[]]}, "notes": 5, "dtype": ["\x1b"]})},
     "lists": {"ldm": json.dumps({"request": {}, "adapters": [None, "\x1b", {"name": "\x1b"}], "parts": [[1]]})},
     "graph": {"prompt": json.dumps({"1": {"class_type": "KSampler", "inputs": {"seed": "\x1b", "cfg": ["1", 0]}}})},
+    "numbers": {
+        "ldm": '{"request": {"prompt": "x", "guidance": 1e999, "eta": NaN, "rescale": -Infinity}, "parts": [1e999]}'
+    },
     "nothing": {},
 }
 
@@ -171,6 +220,35 @@ def test_whatever_a_file_holds_is_shown_harmlessly(chunks, more, tmp_path, monke
     out, err = capsys.readouterr()
     assert err == "" and out.startswith('{"path"' if more else "a.png: PNG 64x64, ")
     assert not set(out) & set("\x1b\x07\u202e")
+    assert not more or json.loads(out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+
+
+def test_what_redo_needs_is_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    control = {"network": "canny", "image_sha256": "0123456789abcdef"}
+    request = {"prompt": "x", "refine_at": 0.8, "mask_sha256": None, "controls": [control], "guidance": None}
+    written("a b.png", ldm=json.dumps({"request": request}))
+    assert main(["show", "a b.png"]) == 0
+    out = capsys.readouterr().out
+    needs = "--mask FILE --control FILE --control-image FILE (SHA-256 0123456789ab...) --refiner FILE"
+    assert f"redo       ldm redo 'a b.png' {needs}\n" in out and "guidance" not in out
+
+
+def test_pillow_says_nothing_of_its_own(tmp_path):
+    """Neither of broken EXIF nor of a size that is refused anyhow."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.jpg")
+    whole = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(whole[:2] + b"\xff\xe1\x00\x10Exif\0\0MM\0*" + b"\xff" * 4 + whole[2:])
+    header = struct.pack(">IIBBBBB", 10000, 10000, 8, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", b"x"), (b"IEND", b"")]
+    chunks = (struct.pack(">I", len(b)) + a + b + struct.pack(">I", zlib.crc32(a + b)) for a, b in parts)
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    found = subprocess.run(
+        [sys.executable, "-c", "from ldm.apps.cli import main; main(['show', 'a.jpg']); main(['show', 'b.png'])"],
+        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert found.stdout == "a.jpg: JPEG 64x64, says nothing of how it was made\n"
+    assert found.stderr.splitlines() == ["ldm: b.png: found 10000x10000 pixels, expected at most 67108864"]
 
 
 def test_what_is_shown(tiny_model, capsys):

@@ -303,7 +303,7 @@ def test_a_name_that_the_model_was_not_given(models):
 
 def test_a_share_below_one_step_is_told(models):
     found = models["sd1"].generate("x", steps=3, controls=[control(start=0.4, end=0.6), control("b")])[0]
-    assert found.notes == ("control a: from 0.4 to 0.6 there is no whole step of the 3; it did not act",)
+    assert found.notes == ("control a: from 0.4 to 0.6 there is no whole step; it did not act",)
 
 
 def test_what_the_file_says(models, tmp_path):

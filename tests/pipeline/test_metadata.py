@@ -184,8 +184,9 @@ def test_no_picture(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "b.gif")
     whole = picture().save(tmp_path / "c.png").read_bytes()
     (tmp_path / "c.png").write_bytes(whole[:-12] + bytes(4) + b"iCCP" + zlib.crc32(b"iCCP").to_bytes(4, "big"))
+    said = {"a.png": "found a web page, expected a PNG", "b.gif": "found a GIF, expected a PNG"}
     for name in ("a.png", "b.gif", "c.png", "missing.png"):
-        with pytest.raises(LdmError, match=f"{name}: cannot be read"):
+        with pytest.raises(LdmError, match=f"{name}: {said.get(name, 'cannot be read')}"):
             read_metadata(tmp_path / name)
 
 

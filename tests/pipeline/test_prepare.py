@@ -129,3 +129,13 @@ def test_a_seed_is_drawn_once_for_a_variation(model):
     request = resolve(model, GenerateRequest(prompt="x", variation_strength=0.5))
     assert request.seed is not None and request.variation_seed is not None and request.variation_seed >= 0
     assert resolve(model, GenerateRequest(prompt="x")).variation_seed is None
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "plms"])
+def test_few_steps_begin_in_noise(sampler, model):
+    """DDIM's own levels begin at timestep 1 of 1000 with one step; what is drawn from noise there is noise."""
+    for steps, schedule in ((1, "trailing"), (2, "trailing"), (3, "leading")):
+        request = resolve(model, GenerateRequest(prompt="x", sampler=sampler, steps=steps))
+        assert request.schedule == schedule and sigmas_for(model, request)[0] > 2
+    chosen = GenerateRequest(prompt="x", sampler=sampler, steps=1, schedule="leading")
+    assert resolve(model, chosen).schedule == "leading"

@@ -142,6 +142,20 @@ def test_together_with_a_picture_to_start_from_and_a_second_pass(model):
     assert larger.image.size == (144, 96) and larger.notes == ()
 
 
+def test_a_refiner_is_not_shown_the_picture(model):
+    """It has no place for it; what it is told is its own."""
+    refiner = random_system(tiny(sd1()), seed=1)
+    told: list[Tensor | None] = []
+
+    def watching(x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        told.append(cond.vector)
+        return refiner.unet(x, timestep, cond)
+
+    watched = model.with_refiner(replace(refiner, unet=watching))  # pyright: ignore[reportArgumentType]
+    list(run(watched, asking(refine_at=0.5, sampler="euler")))
+    assert told == [None, None]
+
+
 def test_events_count_through(model):
     events = list(run(model, asking(count=2, steps=1)))
     assert [event.index for event in events if isinstance(event, Picture)] == [0, 1]
