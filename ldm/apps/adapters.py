@@ -58,8 +58,26 @@ def wanted_by_prompt(request: GenerateRequest, models: Sequence[Path] = ()) -> t
             raise LdmError(f"{tag}: found a path, expected the name of a file in --models, without folders")
         if not roots:
             raise LdmError(f"{tag}: found no folder to look in; name one by --models, or in {MODELS_VARIABLE}")
-        wanted.append(Wanted(find("lora", adapter.name, roots), adapter.weight, adapter.text_weight))
+        try:
+            path = find("lora", adapter.name, roots)
+        except LdmError as error:
+            raise LdmError(f"{tag}: {error}") from None
+        wanted.append(Wanted(path, adapter.weight, adapter.text_weight))
     return tuple(wanted)
+
+
+def wanted_by(flags: Sequence[Wanted], request: GenerateRequest, models: Sequence[Path] = ()) -> tuple[Wanted, ...]:
+    """What the flags and a prompt ask for. Raises LdmError for a file that they ask for twice."""
+    wanted = (*flags, *wanted_by_prompt(request, models))
+    files: set[Path] = set()
+    for one in wanted:
+        if (file := one.path.resolve()) in files:
+            raise LdmError(
+                f"{printable(str(one.path))}: is asked for twice, by --lora or <lora:...>; give it once, with the sum"
+                " of its weights"
+            )
+        files.add(file)
+    return wanted
 
 
 def read_files(wanted: Iterable[Wanted], *, allow_pickle: bool = False) -> dict[Path, Adapter]:

@@ -8,7 +8,9 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Annotated, Any, TextIO, assert_never
 
@@ -59,6 +61,7 @@ _Parsed = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 2 for what the caller can mend, 130 when interrupted."""
     _mend_streams()
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a picture is an error of ours, in one line
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     except LdmError as error:
@@ -165,10 +168,10 @@ def parse(arguments: Sequence[str]) -> Command:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise LdmError(_one_line(said.getvalue())) from None
+        raise LdmError(_one_line(said.getvalue(), next(iter(arguments), ""))) from None
 
 
-def _one_line(box: str) -> str:
+def _one_line(box: str, command: str) -> str:
     """The parser draws a framed text of several parts: the first says what is wrong, another may suggest a flag."""
     rows = [re.sub(r"^[│|]\s?|\s*[│|]$", "", row) for row in box.splitlines() if not row.startswith(("╭", "╰"))]
     parts = [" ".join(part.split()) for part in re.split(r"^\s*[─-]{3,}\s*$", "\n".join(rows), flags=re.MULTILINE)]
@@ -182,10 +185,21 @@ def _one_line(box: str) -> str:
     )
     what = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"found \1, expected a whole number", what)
     what = re.sub(r"could not convert string to float: (.*)", r"found \1, expected a number", what)
-    suggested = re.search(r"Perhaps you meant: .*?(--[\w-]+)", " ".join(parts))
+    suggested = _closest(what, " ".join(parts).partition("Perhaps you meant:")[2])
     available = next((part for part in parts if part.startswith("Available subcommands")), "")
-    hint = f"did you mean {suggested[1]}?" if suggested else available or "see ldm --help"
+    hint = (
+        f"did you mean {suggested}?"
+        if suggested
+        else available or f"see {'ldm' if command.startswith('-') else f'ldm {command}'.rstrip()} --help"
+    )
     return f"{what}; {hint}"
+
+
+def _closest(what: str, offered: str) -> str | None:
+    """Of the flags offered, the one most like the first that was given; None where there is none."""
+    given = re.search(r"--[\w-]+", what)
+    flags = [flag for flag in re.findall(r"--[\w-]+", offered) if flag != "--help"]
+    return max(flags, key=lambda flag: SequenceMatcher(None, given[0] if given else "", flag).ratio(), default=None)
 
 
 def _mend_streams() -> None:

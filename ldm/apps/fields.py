@@ -133,6 +133,10 @@ def _task_fields(command: TaskCommand) -> dict[str, Any]:
         case Outpaint():
             sides = (command.left, command.top, command.right, command.bottom)
             extend = tuple(side if side is not None else command.all or 0 for side in sides)
+            if not any(extend):
+                raise LdmError(
+                    "outpaint: found no pixels to add, expected some on a side; give --all N, or --left N ..."
+                )
             strength, blur = command.strength, command.mask_blur
             return {"image": picture(command.image), "extend": extend, "strength": strength, "mask_blur": blur}
         case Upscale():

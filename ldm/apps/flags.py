@@ -20,7 +20,7 @@ from ldm.pipeline.request import (
     Upscaling,
 )
 
-SAMPLER_HELP = f"One of {', '.join(get_args(SamplerName))}."
+SAMPLER_HELP = f"One of {', '.join(get_args(SamplerName))}; or as A1111, ComfyUI or diffusers call them."
 SCHEDULE_HELP = f"The noise levels: {', '.join(get_args(ScheduleName))}. By default what suits the sampler."
 
 
@@ -102,7 +102,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Reading:
-    """How prompts are read."""
+    """How prompts are read: (word:1.2), [from:to:0.5], [one|two], AND, BREAK, {one|two}, __NAME__, <lora:NAME:0.8>."""
 
     emphasis: Emphasis = "a1111"
     """Whose rules (word:1.2) follows; ignore drops the weights, literal takes every mark as text."""

@@ -67,12 +67,12 @@ def with_their_adapters(
     """The requests by the adapters that the flags and each prompt ask for, and these as they were read."""
     if not model.lora and not any("<" in request.prompt for request in requests):
         return {(): requests}, {}
-    from ldm.apps.adapters import read_files, wanted_by_flags, wanted_by_prompt
+    from ldm.apps.adapters import read_files, wanted_by, wanted_by_flags
 
     by_flags = wanted_by_flags(model.lora, model.models)
     groups: dict[tuple[Wanted, ...], list[GenerateRequest]] = {}
     for request in requests:
-        groups.setdefault((*by_flags, *wanted_by_prompt(request, model.models)), []).append(request)
+        groups.setdefault(wanted_by(by_flags, request, model.models), []).append(request)
     return groups, read_files((one for key in groups for one in key), allow_pickle=model.allow_pickle)
 
 

@@ -69,7 +69,7 @@ def grid(command: Grid) -> None:
     """Draw the grid and write it as a PNG that says in a text chunk what it shows.
 
     All requests and files are looked at before anything is drawn. A cell that fails is grey, and says why; `LdmError`
-    is raised when the others are on disk.
+    is raised when the others are on disk. So is KeyboardInterrupt: what was drawn before it is kept.
     """
     if command.output.suffix.lower() != ".png":
         raise LdmError(f"{command.output}: expected a name that ends in .png")
@@ -80,12 +80,14 @@ def grid(command: Grid) -> None:
     cells = cells_of(command, x, y)
     watch = Stopwatch()
     with progress_bar(len(cells)) as bar:
-        drawn = _drawn(command, cells, bar, watch)
+        drawn, stopped = _drawn(command, cells, bar, watch)
         failed = {place: str(result) for place, result in drawn.items() if isinstance(result, LdmError)}
         if len(failed) == len(cells):
-            raise LdmError(next(iter(failed.values())))
+            raise KeyboardInterrupt if stopped else LdmError(next(iter(failed.values())))
         path = _save(_picture(drawn, x, y), command, (x, y), cells[0].request, failed)
         bar.say(f"{path}  {len(cells)} pictures, {len(failed)} failed  {sum(watch.seconds.values()):.1f} s")
+    if stopped:
+        raise KeyboardInterrupt
     if failed:
         first = next(iter(failed.values()))
         raise LdmError(f"{path}: {len(failed)} of {len(cells)} pictures could not be drawn; the first: {first}")
@@ -117,21 +119,34 @@ def cells_of(command: Grid, x: Axis, y: Axis) -> list[Cell]:
     return cells
 
 
-def _drawn(command: Grid, cells: Sequence[Cell], bar: Bar, watch: Stopwatch) -> dict[Place, Result]:
-    """What came of each cell. Each model is loaded once, and each set of adapters put on once."""
+def _drawn(command: Grid, cells: Sequence[Cell], bar: Bar, watch: Stopwatch) -> tuple[dict[Place, Result], bool]:
+    """What came of each cell, row by row, and whether the rest was interrupted."""
+    stopped = LdmError("not drawn: interrupted")
+    drawn: dict[Place, Result] = {(cell.row, cell.column): stopped for cell in cells}
+    try:
+        for cell, result in _results(command, cells, bar, watch):
+            drawn[cell.row, cell.column] = result
+    except KeyboardInterrupt:
+        return drawn, True
+    return drawn, False
+
+
+def _results(command: Grid, cells: Sequence[Cell], bar: Bar, watch: Stopwatch) -> Iterator[tuple[Cell, Result]]:
+    """Draw the cells, in the order in which each model is loaded once, and each set of adapters put on once."""
     cells, adapters = _with_adapters(command.model, cells)
     files = {cell.model: _model_file(command.model, cell.model) for cell in cells}
     order = list(dict.fromkeys((cell.model, cell.wanted) for cell in cells))
     models = list(files)
     work = sorted(cells, key=lambda cell: (models.index(cell.model), order.index((cell.model, cell.wanted))))
-    drawn: dict[Place, Result] = {}
+    done, said = 0, set[str]()
     for name, group in groupby(work, key=lambda cell: cell.model):
         model = replace(command.model, file=files[name])
-        for cell, result in _drawn_by(model, command, list(group), adapters, bar, watch, len(drawn)):
-            drawn[cell.row, cell.column] = result
-            if isinstance(result, LdmError):
+        for cell, result in _drawn_by(model, command, list(group), adapters, bar, watch, done):
+            if isinstance(result, LdmError) and str(result) not in said:
                 to_stderr(f"{cell.label}: {result}")
-    return dict(sorted(drawn.items()))
+                said.add(str(result))
+            done += 1
+            yield cell, result
 
 
 def _drawn_by(
@@ -196,7 +211,7 @@ def _with_adapters(model: Model, cells: Sequence[Cell]) -> tuple[list[Cell], dic
     """The cells with the adapters that the flags, the axes and the prompts ask for, and these as they were read."""
     if not model.lora and not any("<" in cell.request.prompt for cell in cells):
         return list(cells), {}
-    from ldm.apps.adapters import read_files, wanted_by_flags, wanted_by_prompt
+    from ldm.apps.adapters import read_files, wanted_by, wanted_by_flags
 
     by_flags = wanted_by_flags(model.lora, model.models)
     found = []
@@ -204,7 +219,7 @@ def _with_adapters(model: Model, cells: Sequence[Cell]) -> tuple[list[Cell], dic
         flagged = by_flags
         if cell.lora is not None:
             flagged = tuple(replace(one, unet=cell.lora, text=cell.lora) for one in by_flags)
-        found.append(replace(cell, wanted=(*flagged, *wanted_by_prompt(cell.request, model.models))))
+        found.append(replace(cell, wanted=wanted_by(flagged, cell.request, model.models)))
     return found, read_files((one for cell in found for one in cell.wanted), allow_pickle=model.allow_pickle)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -59,14 +60,17 @@ def _request(remake: Remake) -> Iterator[str]:
 def _worth_saying(name: str, value: object) -> bool:
     """Whether a field is one of those that everyone asks for, or is not at its default."""
     default = GenerateRequest.model_fields[name].default
-    return name in ALWAYS or (name not in TEXTS and value is not None and tuple_of_list(value) != default)
+    return value is not None and (name in ALWAYS or (name not in TEXTS and tuple_of_list(value) != default))
 
 
 def _redo(path: Path, remake: Remake) -> Iterator[str]:
     """What `ldm redo` needs, and what it cannot do."""
     needed = [f"--{name} FILE{_known(digest)}" for name, digest in remake.pictures.items()]
-    needed += [f"--control-image FILE{_known(control.get('image_sha256'))}" for control in remake.controls]
-    yield from _row("redo", " ".join(["ldm redo", str(path), *needed]))
+    needed += [
+        f"--control FILE --control-image FILE{_known(control.get('image_sha256'))}" for control in remake.controls
+    ]
+    needed += ["--refiner FILE"] if remake.fields.get("refine_at") is not None else []
+    yield from _row("redo", " ".join(["ldm redo", shlex.quote(str(path)), *needed]))
     for miss in remake.misses:
         yield from _row("no match", miss)
     if not remake.pictures and not remake.controls:

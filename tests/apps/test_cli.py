@@ -139,6 +139,8 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "unknown command": (["genrate"], "genrate; Available subcommands: generate, img2img"),
     "no prompt": (["generate"], 'prompt: found none, expected what to draw; try: ldm generate "a red apple"'),
     "unknown flag": (["generate", "x", "--sede", "3"], "--sede, 3; did you mean --seed?"),
+    "nearly a flag": (["generate", "x", "--step", "3"], "--step, 3; did you mean --steps?"),
+    "its own help": (["generate", "x", "--seed"], "see ldm generate --help"),
     "unknown short flag": (["generate", "x", "-q"], "-q"),
     "missing value": (["generate", "x", "--seed"], "'--seed'"),
     "seed text": (["generate", "x", "--seed", "y"], "--seed: found 'y', expected a whole number"),

@@ -323,6 +323,26 @@ def test_a_cell_that_fails_is_grey_and_the_others_are_kept(folder, monkeypatch, 
     assert [(one["row"], one["column"]) for one in failed] == [(0, 1), (0, 2)]
 
 
+@pytest.mark.parametrize("drawn", [0, 2])
+def test_ctrl_c_keeps_what_is_drawn(drawn, folder, monkeypatch, capsys):
+    draw = grids.draw
+
+    def interrupted(model, request, *rest):
+        if request.steps > drawn:
+            raise KeyboardInterrupt
+        return draw(model, request, *rest)
+
+    monkeypatch.setattr(grids, "draw", interrupted)
+    assert main(["grid", "x", "--x", "steps=1-4", "--seed", "1"]) == 130
+    assert capsys.readouterr().err.splitlines() == ["ldm: interrupted"]
+    assert Path("grid.png").exists() == (drawn > 0)
+    if drawn:
+        grey = [bool((tile_of("grid.png", 0, column, 4) == 200).mean() > 0.5) for column in range(4)]
+        assert grey == [False, False, True, True]
+        failed = json.loads(Image.open("grid.png").info["ldm-grid"])["failed"]
+        assert {one["error"] for one in failed} == {"not drawn: interrupted"} and len(failed) == 2
+
+
 def test_a_model_that_cannot_be_read_leaves_the_others(tiny_file, folder, capsys):
     Path("broken.safetensors").write_bytes(b"\0" * 5)
     good = tiny_file(tiny(small()))
@@ -333,7 +353,8 @@ def test_a_model_that_cannot_be_read_leaves_the_others(tiny_file, folder, capsys
 def test_nothing_is_written_where_every_cell_fails(folder, capsys):
     Path("broken.safetensors").write_bytes(b"\0" * 5)
     assert main(["grid", "x", "--x", "steps=1,2", "--model", "broken.safetensors"]) == 2
-    assert "broken.safetensors" in capsys.readouterr().err.splitlines()[-1] and not Path("grid.png").exists()
+    said = capsys.readouterr().err.splitlines()
+    assert "broken.safetensors" in said[-1] and len(said) == 2 and not Path("grid.png").exists()
 
 
 def test_a_bug_is_not_taken_for_a_failed_cell(folder, monkeypatch):

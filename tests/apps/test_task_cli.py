@@ -196,7 +196,10 @@ REFUSED: dict[str, tuple[str, str]] = {
     "mask blur text": ("inpaint x --image in.png --mask mask.png --mask-blur y", "--mask-blur: found 'y', expected a"),
     "mask fill": ("inpaint x --image in.png --mask mask.png --mask-fill red", "invalid choice 'red'"),
     "tiny strength": ("inpaint x --image in.png --mask mask.png --strength 0.01", "strength: 0.01 of 24 steps is less"),
-    "outpaint nothing": ("outpaint x --image in.png", "extend: found 0 pixels on every side"),
+    "outpaint nothing": (
+        "outpaint x --image in.png",
+        "outpaint: found no pixels to add, expected some on a side; give --all",
+    ),
     "outpaint minus": ("outpaint x --image in.png --left=-8", "extend: found -8, expected four whole numbers"),
     "outpaint much": ("outpaint x --image in.png --all 5000", "extend: found 5000, expected four whole numbers"),
     "upscale noise": ("upscale x --image in.png --noise 351", "upscale_noise: found 351, expected"),
@@ -206,7 +209,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "depth neither": ("depth2img x --image in.png", "depth: found both or neither"),
     "depth both": ("depth2img x --image in.png --depth mask.png --depth-model m", "depth: found both or neither"),
     "wrong depth": ("depth2img x --image in.png --depth binary", "depth: image: found another kind of file"),
-    "lora in a prompt": ("generate <lora:bird:1> --models webui", "bird: no such file, and no lora of that name"),
+    "lora in a prompt": ("generate <lora:bird:1> --models webui", "prompt: <lora:bird>: bird: no such file, and no l"),
     "lora by path": ("generate <lora:webui/models/Lora/cat:1> --models webui", "found a path, expected the name"),
     "lora by another path": (r"generate <lora:..\cat:1> --models webui", "found a path, expected the name"),
     "lora without folders": ("generate <lora:cat:1>", "found no folder to look in; name one by --models, or in LDM"),
@@ -238,6 +241,18 @@ def test_a_lora_by_name_in_the_prompt_is_the_one_given_as_a_flag(folder):
     record = read_metadata("two.png").record
     assert record is not None and record["request"]["prompt"] == "x<lora:cat:0.25:0.5>"
     assert [(a["name"], a["unet"], a["text"]) for a in record["adapters"]] == [("cat", 0.5, 0.25)]
+
+
+@pytest.mark.parametrize("command", ["generate", "grid"])
+@pytest.mark.parametrize("line", ["x<lora:cat:1> --lora cat", "x<lora:cat:1><lora:cat:1>", "x --lora cat --lora cat"])
+def test_an_adapter_that_is_asked_for_twice(command, line, folder, monkeypatch, capsys):
+    """Whether by flag or in the prompt, and before anything is loaded."""
+    monkeypatch.setattr("ldm.apps.adapters.read_adapter", lambda *_, **__: pytest.fail("it was read"))
+    monkeypatch.setattr("ldm.pipeline.load.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    axis = ["--x", "steps=1,2"] if command == "grid" else []
+    assert main([command, *line.split(), *axis, "--models", "webui"]) == 2
+    err = capsys.readouterr().err
+    assert "cat.safetensors: is asked for twice, by --lora or <lora:...>; give it once" in err and err.count("\n") == 1
 
 
 def test_prompts_with_the_same_loras_share_them(folder, capsys, monkeypatch):

@@ -88,7 +88,7 @@ BAD = {
     "html": (b"\n <!DOCTYPE html><html>", "a web page"),
     "svg": (b"<svg onload='alert(1)'/>", "an SVG or XML file"),
     "pdf": (b"%PDF-1.7", "a PDF"),
-    "gif": (encoded(noise(), "GIF"), "another kind of file"),
+    "gif": (encoded(noise(), "GIF"), "a GIF"),
     "tiff": (encoded(noise(), "TIFF"), "another kind of file"),
     "bmp": (encoded(noise(), "BMP"), "another kind of file"),
     "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "another kind of file"),

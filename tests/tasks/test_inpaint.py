@@ -112,6 +112,8 @@ def test_every_pixel_outside_of_the_mask_is_bit_for_bit_that_of_the_picture(
     if fields["mask_invert"]:
         grey = 255 - grey
     original = picture(size, seed)
+    if not fields["only_masked"]:
+        del fields["mask_padding"]
     drawn = (trained_for_it if special else model).inpaint("x", original, Image.fromarray(grey), **QUICK, **fields)[0]
     left, top, right, bottom = fields["extend"] or (0, 0, 0, 0)
     assert drawn.image.size == (size[0] + left + right, size[1] + top + bottom)
