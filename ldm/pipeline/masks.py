@@ -30,26 +30,15 @@ NEAR = (0.75, 2.0)
 """A picture with this many times the pixels that a model was trained on is drawn at its own size."""
 
 
-def mask_of(request: GenerateRequest, size: tuple[int, int]) -> Mask:
-    """The request's mask for a picture of `size`: 0 and 1, or with `mask_soft` shares of its steps, whole steps each.
-
-    Raises `LdmError` for a mask of another size, or with nothing to redraw.
-    """
+def mask_of(request: GenerateRequest) -> Mask:
+    """The request's mask: 0 and 1, or with `mask_soft` shares of its steps, whole steps each."""
     assert request.mask is not None
     grey = read_mask(request.mask)
-    if grey.size != size:
-        raise LdmError(
-            f"mask: found {grey.width}x{grey.height}, expected the size of image, {size[0]}x{size[1]}; scale it"
-        )
     levels = np.asarray(ImageOps.invert(grey) if request.mask_invert else grey)
-    if request.mask_soft:
-        steps = request.steps_to_run
-        mask = np.array([whole_steps(level / 255, steps) / steps for level in range(256)], dtype=np.float32)[levels]
-    else:
-        mask = (levels >= 128).astype(np.float32)
-    if not mask.any():
-        raise LdmError("mask: found nothing to redraw, expected white somewhere; see mask_invert and mask_soft")
-    return mask
+    if not request.mask_soft:
+        return (levels >= 128).astype(np.float32)
+    steps = request.steps_to_run
+    return np.array([whole_steps(level / 255, steps) / steps for level in range(256)], dtype=np.float32)[levels]
 
 
 @dataclass(frozen=True)

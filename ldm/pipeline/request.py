@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -318,6 +318,23 @@ class GenerateRequest(Record):
         for name in ("image", "mask", "depth", "vary"):
             if (data := getattr(self, name)) is not None:
                 _check_picture("" if name == "image" else name, data)
+        if self.mask is not None:
+            self._check_mask(self.mask)
+
+    def _check_mask(self, mask: bytes) -> None:
+        """It has the size of the image, and something in it is to be redrawn."""
+        from ldm.pipeline.images import read_mask, read_picture
+
+        assert self.image is not None
+        grey, size = read_mask(mask), read_picture(self.image).size
+        if grey.size != size:
+            raise LdmError(
+                f"mask: found {grey.width}x{grey.height}, expected the size of image, {size[0]}x{size[1]}; scale it"
+            )
+        low, high = cast("tuple[int, int]", grey.getextrema())
+        most = 255 - low if self.mask_invert else high
+        if not (whole_steps(most / 255, self.steps_to_run) if self.mask_soft else most >= 128):
+            raise LdmError("mask: found nothing to redraw, expected white somewhere; see mask_invert and mask_soft")
 
     @staticmethod
     def _check_steps(name: str, share: float, steps: int) -> None:

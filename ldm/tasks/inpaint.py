@@ -40,7 +40,7 @@ def inpaint(model: LatentDiffusion, request: GenerateRequest) -> Iterator[Progre
             raise LdmError(f"{name}: found none, expected a picture to redraw and a mask; give {name}")
     assert request.image is not None
     picture = read_picture(request.image)
-    yield from redraw(model, request, picture, mask_of(request, picture.size))
+    yield from redraw(model, request, picture, mask_of(request))
 
 
 def redraw(

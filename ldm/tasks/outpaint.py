@@ -32,5 +32,5 @@ def outpaint(model: LatentDiffusion, request: GenerateRequest) -> Iterator[Progr
     left, top, right, bottom = request.extend
     margins = (top, bottom), (left, right)
     canvas = Image.fromarray(np.pad(np.asarray(picture), (*margins, (0, 0)), mode="symmetric"))
-    inside = np.zeros(picture.size[::-1], dtype=np.float32) if request.mask is None else mask_of(request, picture.size)
+    inside = np.zeros(picture.size[::-1], dtype=np.float32) if request.mask is None else mask_of(request)
     yield from redraw(model, request, canvas, np.pad(inside, margins, constant_values=1.0))

@@ -17,7 +17,7 @@ from ldm.pipeline.picture import Picture, parameters_text
 from ldm.pipeline.request import TAKES_ETA, GenerateRequest, HighRes, whole_steps
 from ldm.samplers import SAMPLERS
 
-PNG = picture_bytes(Image.new("RGB", (64, 64), "red"))
+PNG = picture_bytes(Image.linear_gradient("L").resize((64, 64)).convert("RGB"))  # as a mask, some of it is free
 
 # As the web UI 1.5 wrote it, with an extension's settings, a LoRA and a second pass.
 REAL = """masterpiece, (best quality:1.2), a castle on a hill,

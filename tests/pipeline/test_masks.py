@@ -24,7 +24,7 @@ def encoded(image: Image.Image) -> bytes:
 
 def request(mask: Image.Image | None = None, **fields: object) -> GenerateRequest:
     if mask is not None:
-        fields |= {"mask": encoded(mask), "image": encoded(Image.new("RGB", mask.size))}
+        fields = {"mask": encoded(mask), "image": encoded(Image.new("RGB", mask.size))} | fields
     return GenerateRequest(prompt="x", **fields)  # pyright: ignore[reportArgumentType]
 
 
@@ -34,15 +34,15 @@ def column(*levels: int) -> Image.Image:
 
 def test_white_is_redrawn_from_half_grey_on():
     grey = column(0, 127, 128, 255)
-    assert mask_of(request(grey), (4, 1)).tolist() == [[0, 0, 1, 1]]
-    assert mask_of(request(grey, mask_invert=True), (4, 1)).tolist() == [[1, 1, 0, 0]]
+    assert mask_of(request(grey)).tolist() == [[0, 0, 1, 1]]
+    assert mask_of(request(grey, mask_invert=True)).tolist() == [[1, 1, 0, 0]]
 
 
 def test_a_soft_mask_is_shares_of_the_steps_rounded_down():
     grey = column(0, 31, 32, 128, 254, 255)  # of 8 steps: 0.97, 1.004, 4.02, 7.97
     fields = {"mask_soft": True, "steps": 16, "strength": 0.5}
-    assert mask_of(request(grey, **fields), (6, 1)).tolist() == [[0, 0, 1 / 8, 4 / 8, 7 / 8, 1]]
-    inverted = mask_of(request(grey, **fields, mask_invert=True), (6, 1))
+    assert mask_of(request(grey, **fields)).tolist() == [[0, 0, 1 / 8, 4 / 8, 7 / 8, 1]]
+    inverted = mask_of(request(grey, **fields, mask_invert=True))
     assert inverted.tolist() == [[1, 7 / 8, 6 / 8, 3 / 8, 0, 0]]  # of 127 there are 3.98
 
 
@@ -58,18 +58,18 @@ def test_a_soft_mask_is_shares_of_the_steps_rounded_down():
     ids=["16 bit", "RGB", "RGBA", "LA", "1 bit"],
 )
 def test_every_mode(mask):
-    assert mask_of(request(mask), (2, 1)).tolist() == [[0, 1]]
+    assert mask_of(request(mask)).tolist() == [[0, 1]]
     assert (np.asarray(as_mask(mask))[0] > 127).tolist() == [False, True]
 
 
 def test_what_is_refused():
     with pytest.raises(LdmError, match="mask: found 4x1, expected the size of image, 5x1"):
-        mask_of(request(column(0, 0, 255, 0)), (5, 1))
+        request(column(0, 0, 255, 0), image=encoded(Image.new("RGB", (5, 1))))
     for mask, fields in ((column(0, 127), {}), (column(255, 255), {"mask_invert": True})):
         with pytest.raises(LdmError, match="mask: found nothing to redraw"):
-            mask_of(request(mask, **fields), (2, 1))
+            request(mask, **fields)
     with pytest.raises(LdmError, match="mask: found nothing to redraw"):
-        mask_of(request(column(60), mask_soft=True, steps=4, strength=1.0), (1, 1))
+        request(column(60), mask_soft=True, steps=4, strength=1.0)
     with pytest.raises(LdmError, match="image: found a part of 1x60000 to draw"):
         window_for(np.ones((60000, 1), dtype=np.float32), request(), 64)
 
@@ -221,4 +221,4 @@ def test_a_mask_in_memory_is_read_as_its_file_is():
     painted = Image.new("RGBA", (4, 4), (255, 255, 255, 0))
     painted.putpixel((1, 2), (255, 255, 255, 255))
     alone = GenerateRequest(prompt="x", image=picture_bytes(Image.new("RGB", (4, 4))), mask=encoded(as_mask(painted)))
-    assert np.argwhere(mask_of(alone, (4, 4))).tolist() == [[2, 1]]
+    assert np.argwhere(mask_of(alone)).tolist() == [[2, 1]]
