@@ -249,7 +249,7 @@ def test_names_that_are_no_text(tmp_path):
 
 
 def test_pictures_that_are_needed(tmp_path):
-    data = picture_bytes(Image.new("RGB", (64, 64), "red"))
+    data = picture_bytes(Image.new("RGB", (64, 64), "white"))
     given = picture(image=data, mask=data, controls=[{"network": "canny", "image": data, "weight": 0.5}])
     found = read_metadata(given.save(tmp_path / "a.png"))
     remake = found.remake()
