@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from ldm.apps.fields import picture, requests_of
 from ldm.apps.flags import Details, Model
 from ldm.apps.options import Depth2Img, TaskCommand, Upscale
 from ldm.apps.progress import Bar, Stopwatch, progress_bar, to_stderr
-from ldm.pipeline.files import check_output, output_path
+from ldm.pipeline.files import check_output, output_path, sha256_of
 from ldm.pipeline.request import GenerateRequest
 
 if TYPE_CHECKING:
@@ -210,10 +209,7 @@ def hash_in_background(path: Path | None) -> Future[str | None]:
 
     def compute() -> None:
         try:
-            with path.open("rb") as file:
-                future.set_result(hashlib.file_digest(file, "sha256").hexdigest())
-        except OSError:
-            future.set_result(None)
+            future.set_result(sha256_of(path))
         except BaseException as error:  # or who asks for the result would wait for ever
             future.set_exception(error)
 

@@ -26,7 +26,7 @@ from ldm.apps.generate import adapted, draw, load_plain, with_their_adapters
 from ldm.apps.options import Redo
 from ldm.apps.progress import Stopwatch, progress_bar, to_stderr
 from ldm.errors import LdmError
-from ldm.pipeline.files import check_output, names_file, read_file, stem_of
+from ldm.pipeline.files import check_output, names_file, read_file, sha256_of, stem_of
 from ldm.pipeline.images import read_picture
 from ldm.pipeline.metadata import Metadata, read_metadata
 from ldm.pipeline.prompt import adapters_in
@@ -84,7 +84,7 @@ def redo(command: Redo) -> None:
     place, size = _batch(found)
     with progress_bar(size) as bar:
         loaded = _loaded(command, model, request, watch)
-        digest = file_hash(loaded.origin.path)
+        digest = None if loaded.origin.path is None else sha256_of(loaded.origin.path)
         for line in mismatches(loaded, digest, found, remake):
             to_stderr(f"warning: {line}")
         from ldm.pipeline.sample import together
@@ -152,7 +152,7 @@ def same_file(path: Path, told: str | None) -> bool:
         from ldm.weights.hashes import old_short_hash
 
         return old_short_hash(path) == told
-    return (file_hash(path) or "").startswith(told)
+    return (sha256_of(path) or "").startswith(told)
 
 
 def _batch(found: Metadata) -> tuple[int, int]:
@@ -187,14 +187,6 @@ def _loaded(command: Redo, model: Model, request: GenerateRequest, watch: Stopwa
     controls = Controls(control=command.control, control_image=command.control_image)
     details = Details(controls=controls, refining=Refining(refiner=command.refiner))
     return adapted(load_plain(model, watch, details), next(iter(groups)), adapters)
-
-
-def file_hash(path: Path | None) -> str | None:
-    """The SHA-256 of a file; None where there is none to read."""
-    if path is None or not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def mismatches(model: LatentDiffusion, digest: str | None, found: Metadata, remake: Remake) -> Iterator[str]:

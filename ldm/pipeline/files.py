@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import secrets
@@ -39,6 +40,17 @@ def read_file(path: Path, limit: int) -> bytes:
     if len(data) > limit:
         raise LdmError(f"{path}: found more than {limit / 2**20:.0f} MiB, expected a smaller file")
     return data
+
+
+def sha256_of(path: Path) -> str | None:
+    """The SHA-256 of a plain file, in hexadecimal; None of anything else, or of what cannot be read."""
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def stem_of(prompt: str) -> str:

@@ -5,7 +5,6 @@ Other programs read the first, `ldm.pipeline.metadata` the second.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import re
@@ -20,7 +19,7 @@ from ldm import __version__
 from ldm.pipeline import infotext
 from ldm.pipeline.adapters import AppliedAdapter
 from ldm.pipeline.exif import JPEG_LIMIT, KEYWORD, exif_bytes
-from ldm.pipeline.files import write_new
+from ldm.pipeline.files import sha256_of, write_new
 from ldm.pipeline.names import SCHEDULE_TITLES, ScheduleName
 from ldm.pipeline.request import GenerateRequest
 from ldm.samplers import SAMPLERS
@@ -41,11 +40,8 @@ class OtherPart:
     @cached_property
     def hash(self) -> str | None:
         """10 digits of the file's SHA-256, as other programs show them; None of a folder, or a file that is gone."""
-        try:
-            with self.path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()[:10]
-        except OSError:
-            return None
+        digest = sha256_of(self.path)
+        return None if digest is None else digest[:10]
 
 
 @dataclass(frozen=True)
