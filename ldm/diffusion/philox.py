@@ -58,5 +58,6 @@ def _box_muller(x: NDArray[np.uint64], y: NDArray[np.uint64]) -> NDArray[np.floa
 
     A GPU, and AUTOMATIC1111 with its rounded constants, come to the same within a millionth.
     """
-    u, v = (x + 0.5) * 2.0**-32, (y + 0.5) * 2.0**-32
-    return np.sqrt(-2 * np.log(u)) * np.sin(2 * math.pi * v)
+    u, v = ((words.astype(np.float64) + 0.5) * 2.0**-32 for words in (x, y))
+    radius: NDArray[np.float64] = np.sqrt(-2 * np.log(u))
+    return np.multiply(radius, np.sin(2 * math.pi * v))
