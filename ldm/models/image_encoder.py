@@ -14,10 +14,18 @@ from torch import Tensor, nn
 
 from ldm.models.text_encoder import OpenCLIPTransformer
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+"""Of the colours, in [0, 1], of the pictures that OpenAI's CLIP was trained on."""
+
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """Widths of an image tower. size: S; patch: the side of a patch in pixels; projection: P."""
+    """Widths of an image tower, and how pictures are brought to it.
+
+    size: S; patch: the side of a patch in pixels; projection: P; mean, deviation: of each colour in [0, 1], by which
+    pictures are brought to 0 and 1; resample: how they are shrunk, "box" by the mean of each cell.
+    """
 
     width: int = 1280
     layers: int = 32
@@ -26,6 +34,9 @@ class ImageConfig:
     patch: int = 14
     size: int = 224
     activation: Literal["gelu", "quick_gelu"] = "gelu"
+    mean: tuple[float, ...] = CLIP_MEAN
+    deviation: tuple[float, ...] = CLIP_DEVIATION
+    resample: Literal["bicubic", "box"] = "bicubic"
 
     @property
     def tokens(self) -> int:
@@ -52,7 +63,7 @@ class ImageTower(nn.Module):
         self.proj = nn.Parameter(torch.empty(width, config.projection).normal_(std=width**-0.5))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, S, S) as the tower was trained on, for CLIP's `clip_pixels` -> (B, P), not normalised."""
+        """pixels (B, 3, S, S) as `ldm.pipeline.clip.clip_pixels` makes them -> (B, P), not normalised."""
         patches = self.conv1(pixels).flatten(2).transpose(1, 2)
         whole = self.class_embedding.expand(len(patches), 1, -1)
         x = self.ln_pre(torch.cat([whole, patches], dim=1) + self.positional_embedding)

@@ -62,6 +62,7 @@ class SystemConfig:
     size: the side in pixels of the pictures it was trained on.
     sizes_in_vector: how many size and crop numbers follow the pooled text in `Conditioning.vector` (SDXL 6, refiner 5).
     image: where the vector is made of a picture.
+    clip_image: the image tower that was trained with the first text tower, where a file of ours brings it too.
     """
 
     family: Family
@@ -74,6 +75,7 @@ class SystemConfig:
     size: int = 512
     sizes_in_vector: int = 0
     image: ImageUse | None = None
+    clip_image: ImageConfig | None = None
 
 
 TEXT_WIDTHS: Mapping[int, str] = {
@@ -87,6 +89,9 @@ OPENCLIP_BIGG = TextConfig(1280, 32, 20, projection=1280, names="open_clip", act
 OPENCLIP_H_IMAGE = ImageConfig(1280, 32, 16, projection=1024)
 OPENCLIP_L_IMAGE = ImageConfig(1024, 24, 16, projection=768, activation="quick_gelu")
 SMALL_TEXT = TextConfig(192, 6, 6, projection=192, names="open_clip", activation="gelu")
+SMALL_IMAGE = ImageConfig(
+    192, 6, 6, projection=192, patch=8, size=64, mean=(0.5, 0.5, 0.5), deviation=(0.5, 0.5, 0.5), resample="box"
+)
 
 
 def sd1(in_channels: int = 4) -> SystemConfig:
@@ -211,6 +216,7 @@ def small(size: int = 128) -> SystemConfig:
         text=(TextUse(SMALL_TEXT, skip=1, pooled=True),),
         prediction="v",
         size=size,
+        clip_image=SMALL_IMAGE,
     )
 
 
@@ -233,6 +239,7 @@ def tiny(config: SystemConfig, width: int = 32) -> SystemConfig:
         ),
         text=towers,
         image=None if config.image is None else replace(config.image, tower=_tiny_image(config.image.tower, width)),
+        clip_image=None if config.clip_image is None else _tiny_image(config.clip_image, width),
         size=64,
     )
 

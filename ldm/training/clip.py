@@ -5,7 +5,8 @@ Radford et al. 2021, section 2.3; Cherti et al. 2022 (OpenCLIP).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.loss import ClipLoss
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.models.text_encoder import TextConfig
 from ldm.training.autoencoder import to_unit
@@ -49,6 +51,16 @@ def encode_text(model: Any, ids: Tensor) -> Tensor:
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
     end = x[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]
     return F.normalize(end @ model.text_projection, dim=-1)
+
+
+@contextmanager
+def plain_attention(device: torch.device) -> Iterator[None]:
+    """On a CPU, attention as plain matrix products: torch's fused kernel is 1.6 times slower to train with in bf16."""
+    if device.type != "cpu":
+        yield
+        return
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 class CLIPObjective(Objective):
@@ -90,7 +102,8 @@ class CLIPObjective(Objective):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """-> loss, and how often a picture's own caption is the nearest in the batch."""
-        image, text = self.features(batch["images"], batch["ids"])
+        with plain_attention(batch["images"].device):
+            image, text = self.features(batch["images"], batch["ids"])
         scale = self.model.logit_scale.exp().clamp(max=MAX_SCALE)
         loss = self.contrast(image, text, scale)
         right = ((image @ text.T).argmax(dim=1) == torch.arange(len(image), device=image.device)).float().mean()

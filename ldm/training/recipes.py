@@ -59,7 +59,7 @@ SMALL = {
         compile=True,
     ),
     "clip": LoopConfig(
-        steps=300,
+        steps=2000,
         batch=256,
         rate=1e-3,
         warmup=60,

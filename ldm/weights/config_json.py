@@ -89,12 +89,15 @@ def check_config(config: SystemConfig) -> None:
     if not 0 <= config.unet.dropout < 1:
         raise ValueError("unet.dropout is not in [0, 1)")
     _check_heads(config.unet)
-    if config.image is not None:
-        image = config.image.tower
+    for image in (config.image and config.image.tower, config.clip_image):
+        if image is None:
+            continue
         if image.heads < 1 or image.width % image.heads:
             raise ValueError(f"{image.heads} heads do not divide an image tower's width of {image.width}")
         if image.patch < 1 or not image.patch <= image.size <= 8192:
-            raise ValueError("image.tower.patch or size is out of range")
+            raise ValueError("an image tower's patch or size is out of range")
+        if len(image.mean) != 3 or len(image.deviation) != 3 or min(image.deviation) <= 0:
+            raise ValueError("an image tower's mean or deviation is not that of three colours")
     for use in config.text:
         tower = use.tower
         if tower.heads < 1 or tower.width % tower.heads:

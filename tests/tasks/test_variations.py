@@ -23,7 +23,7 @@ from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import random_system
 from ldm.pipeline.request import GenerateRequest, HighRes
 from ldm.pipeline.sample import Picture, Progress
-from ldm.pipeline.unclip import clip_pixels
+from ldm.pipeline.clip import clip_pixels
 from ldm.tasks import run
 from ldm.tasks.common import other_seed
 from ldm.types import Conditioning
@@ -95,7 +95,7 @@ def test_it_equals_diffusers(level, guidance, model):
     pipeline.set_progress_bar_config(disable=True)
     theirs = [
         pipeline(
-            image=clip_pixels(picture(), model.image.config.size),
+            image=clip_pixels(picture(), model.image.config),
             **asked(model, request),
             width=96,
             height=64,
