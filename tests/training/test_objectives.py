@@ -7,20 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.diffusion.loss import min_snr_weight
+from ldm.diffusion.loss import snr_weight
 from ldm.diffusion.schedule import scaled_linear
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from ldm.models.text_encoder import TextConfig
-from ldm.models.tokenizer import tokenize
 from ldm.models.unet import UNet, UNetConfig
 from ldm.training.autoencoder import AutoencoderLoss, AutoencoderObjective, to_unit
-from ldm.training.clip import CLIPObjective, encode_text, small_clip
 from ldm.training.diffusion import DiffusionObjective, LatentPictures
 from ldm.training.latents import centre_latents
 from ldm.training.whitening import TextWhitening, Whitening
 from ldm.types import Conditioning
-
-TEXT = TextConfig(32, 2, 2, projection=16, names="open_clip", activation="gelu")
 
 
 def pictures(count: int, size: int = 32) -> np.ndarray:
@@ -92,39 +87,6 @@ class TestAutoencoder:
         assert torch.allclose(after.log_variance, spread - 2 * deviation.log()[:, None, None], atol=1e-4)
 
 
-class TestCLIP:
-    @pytest.fixture
-    def objective(self) -> CLIPObjective:
-        torch.manual_seed(0)
-        model = small_clip(TEXT, image_size=16, patch=8)
-        ids = [np.array([tokenize(f"picture number {i}"), tokenize("a cat")]) for i in range(8)]
-        return CLIPObjective(model, pictures(8), ids, np.zeros(8, bool), np.arange(6), np.arange(6, 8))
-
-    def test_short_text_path_equals_open_clips_own(self, objective: CLIPObjective) -> None:
-        ids = torch.tensor([tokenize("a red apple"), tokenize("a much longer caption, of seven words or more")])
-        with torch.no_grad():
-            want = objective.model.encode_text(ids, normalize=True)
-            assert torch.allclose(encode_text(objective.model, ids), want, atol=1e-6)
-
-    def test_loss_is_the_symmetric_cross_entropy(self, objective: CLIPObjective) -> None:
-        batch = objective.batch(4, torch.Generator().manual_seed(3))
-        with torch.no_grad():
-            got = objective(batch)
-            image, text = (f.double().numpy() for f in objective.features(batch["images"], batch["ids"]))
-        logits = float(got["scale"]) * image @ text.T
-
-        def cross_entropy(rows: np.ndarray) -> float:
-            return float(np.mean(np.log(np.exp(rows).sum(axis=1)) - np.diag(rows)))
-
-        want = (cross_entropy(logits) + cross_entropy(logits.T)) / 2
-        assert float(got["loss"]) == pytest.approx(want, rel=1e-5)
-
-    def test_held_out_pictures_are_not_drawn(self, objective: CLIPObjective) -> None:
-        batch = objective.batch(200, torch.Generator().manual_seed(0))
-        numbers = {tuple(objective.ids[i][0]) for i in objective.held_out}
-        assert not numbers & {tuple(row.tolist()) for row in batch["ids"]}
-
-
 def latent_pictures(count: int = 10) -> LatentPictures:
     generator = np.random.default_rng(0)
     latents = generator.normal(size=(count, 4, 8, 8)).astype(np.float16)
@@ -161,21 +123,21 @@ class TestDiffusion:
         alpha2 = np.cumprod(1 - betas)[batch["timestep"].numpy()][:, None, None, None]
         velocity = np.sqrt(alpha2) * batch["noise"].double().numpy() - np.sqrt(1 - alpha2) * batch["latents"].numpy()
         snr = (alpha2 / (1 - alpha2))[:, 0, 0, 0]
-        want = ((velocity - 0.25) ** 2).mean(axis=(1, 2, 3)) * np.minimum(snr, 5.0) / (snr + 1)
+        want = ((velocity - 0.25) ** 2).mean(axis=(1, 2, 3)) * np.minimum(snr + 1, 5.0) / (snr + 1)
         assert got * batch["density"].numpy() == pytest.approx(want, rel=1e-4)
 
     def test_noise_levels_that_count_are_drawn_more_often(self, objective: DiffusionObjective) -> None:
         batch = objective.batch(40_000, torch.Generator().manual_seed(0))
         betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
         snr = np.cumprod(1 - betas) / (1 - np.cumprod(1 - betas))
-        weight = np.minimum(snr, 5.0) / (snr + 1)
+        weight = np.minimum(snr + 1, 5.0) / (snr + 1)
         want = (0.5 + 0.5 * weight / weight.mean()).reshape(10, 100).mean(axis=1) / 10
         found, _ = np.histogram(batch["timestep"].numpy(), bins=10, range=(0, 1000))
         assert found / 40_000 == pytest.approx(want, abs=0.006)
         drawn_weight = weight[batch["timestep"].numpy()] / batch["density"].numpy()
         assert drawn_weight.mean() == pytest.approx(weight.mean(), rel=0.01), "the loss keeps its mean"
         even = weight[np.random.default_rng(0).integers(0, 1000, 40_000)]
-        assert drawn_weight.std() < 0.6 * even.std(), "and varies less"
+        assert drawn_weight.std() < 0.7 * even.std(), "and varies less"
 
     def test_a_network_that_knows_the_answer_has_no_loss(self, objective: DiffusionObjective) -> None:
         batch = objective.batch(4, torch.Generator().manual_seed(1))
@@ -200,10 +162,11 @@ class TestDiffusion:
         assert float(turned[~dropped & odd].float().mean()) == pytest.approx(0.5, abs=0.05)
 
 
-def test_min_snr_weights_agree_across_predictions() -> None:
+@pytest.mark.parametrize("floor", [0.0, 1.0])
+def test_snr_weights_agree_across_predictions(floor: float) -> None:
     """An error of x0 costs the same whichever way the network states it."""
     sigma = torch.tensor([0.05, 0.3, 1.0, 14.0], dtype=torch.float64)
-    x0, eps, v = (min_snr_weight(sigma, kind) for kind in ("x0", "eps", "v"))  # type: ignore[arg-type]
+    x0, eps, v = (snr_weight(sigma, kind, floor=floor) for kind in ("x0", "eps", "v"))  # type: ignore[arg-type]
     assert torch.allclose(eps, x0 * sigma**2)
     assert torch.allclose(v, x0 * sigma**2 / (sigma**2 + 1))
-    assert torch.allclose(x0, torch.minimum(sigma**-2, torch.tensor(5.0, dtype=torch.float64)))
+    assert torch.allclose(x0, torch.minimum(sigma**-2 + floor, torch.tensor(5.0, dtype=torch.float64)))
