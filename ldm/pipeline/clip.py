@@ -5,7 +5,8 @@ Radford et al. 2021. Shapes: N pictures or texts, P width of the joint space.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -37,6 +38,7 @@ class CLIP:
     english:  whether it reads English only
     embed_images, embed_texts: a batch -> vectors (N, P) of any length, in float32 on the CPU; called through
     `image_vectors` and `text_vectors`
+    notes:    what a user should be told of it unasked
     """
 
     name: str
@@ -47,6 +49,7 @@ class CLIP:
     english: bool
     embed_images: Callable[[Sequence[Image.Image]], Tensor]
     embed_texts: Callable[[Sequence[str]], Tensor]
+    notes: tuple[str, ...] = ()
 
     def image_vectors(self, images: Sequence[Image.Image]) -> Tensor:
         """RGB pictures of any size -> unit vectors (N, P), float32. Raises `LdmError` where one is too narrow."""
@@ -55,6 +58,25 @@ class CLIP:
     def text_vectors(self, texts: Sequence[str]) -> Tensor:
         """Texts, cut where they are too long -> unit vectors (N, P), float32."""
         return self._unit(self.embed_texts, texts)
+
+    @property
+    def sigmoid(self) -> bool:
+        """Whether it was trained to say of each pair alone whether it fits (Zhai et al. 2023), and not among others."""
+        return self.bias != 0
+
+    def logits(self, cosines: Tensor) -> Tensor:
+        """How well pictures and texts fit, by their cosines; of a sigmoid-trained model the log odds that they do."""
+        return self.scale * cosines + self.bias
+
+    def notes_on(self, texts: Iterable[str]) -> Iterator[str]:
+        """A line about texts in a script that it does not read; none where it reads more than English."""
+        foreign = [text for text in texts if has_other_script(text)] if self.english else []
+        if foreign:
+            others = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+            yield (
+                f"text {printable(foreign[0][:60])!r}{others}: {printable(self.name)} reads English only, so this says "
+                "little; write it in English, or use a multilingual open_clip model by --model"
+            )
 
     def _unit(self, embed: Callable[[Sequence], Tensor], things: Sequence) -> Tensor:
         with torch.inference_mode():
@@ -65,8 +87,20 @@ class CLIP:
         return vectors
 
 
+def has_other_script(text: str) -> bool:
+    """Whether a letter in it is not of the Latin alphabet."""
+    return any(letter.isalpha() and "LATIN" not in unicodedata.name(letter, "") for letter in text)
+
+
 def clip_of(
-    text: OpenCLIPText, image: ImageTower, *, name: str, identity: str, scale: float, bias: float = 0.0
+    text: OpenCLIPText,
+    image: ImageTower,
+    *,
+    name: str,
+    identity: str,
+    scale: float,
+    bias: float = 0.0,
+    notes: tuple[str, ...] = (),
 ) -> CLIP:
     """A CLIP of our own two towers, which read English."""
     assert text.config.projection is not None
@@ -79,6 +113,7 @@ def clip_of(
         english=True,
         embed_images=partial(_embed_images, image),
         embed_texts=partial(_embed_texts, text),
+        notes=notes,
     )
 
 
@@ -89,10 +124,18 @@ def _embed_images(tower: ImageTower, images: Sequence[Image.Image]) -> Tensor:
 
 def _embed_texts(tower: OpenCLIPText, texts: Sequence[str]) -> Tensor:
     ids = torch.tensor([tokenize(text, tower.config.tokens) for text in texts])
-    ids = ids[:, : int((ids != 0).sum(dim=1).max())]  # what is padding in all of them says nothing
+    ends = (ids == tower.config.vocabulary - 1).int().argmax(dim=1)
+    ids = ids[:, : int(ends.max()) + 1]  # attention is causal: what follows the end token says nothing
     pooled = tower(ids.to(tower.positional_embedding.device), pooled=True).pooled
     assert pooled is not None
     return pooled.float().cpu()
+
+
+def check_shape(image: Image.Image) -> None:
+    """Raise `LdmError` where a picture is so narrow that one side would become huge."""
+    if max(image.size) > MAX_RATIO * min(image.size):
+        found = f"{image.width}x{image.height}"
+        raise LdmError(f"image: found {found}, expected sides of at most 1:{MAX_RATIO}; cut it")
 
 
 def clip_pixels(image: Image.Image, config: ImageConfig) -> Tensor:
@@ -102,8 +145,7 @@ def clip_pixels(image: Image.Image, config: ImageConfig) -> Tensor:
     """
     size, (width, height) = config.size, image.size
     short = min(width, height)
-    if max(width, height) > MAX_RATIO * short:
-        raise LdmError(f"image: found {width}x{height}, expected sides of at most 1:{MAX_RATIO}; cut it")
+    check_shape(image)
     resample = Image.Resampling.BICUBIC if config.resample == "bicubic" else Image.Resampling.BOX
     image = image.resize((int(size * width / short), int(size * height / short)), resample)
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
