@@ -2,6 +2,9 @@
 
 Step k draws everything random from a generator seeded by (seed, k), so a run that was stopped and resumed takes the
 very same steps as one that was not, and nothing about data position needs saving.
+
+Under `accelerate launch` every process (a rank) runs this loop: gradients are averaged over ranks, each rank draws its
+own batches, the first one alone evaluates, logs and saves, and a signal to any of them stops all at the same step.
 """
 
 from __future__ import annotations
@@ -13,12 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
 from ldm.errors import LdmError
@@ -39,6 +43,10 @@ class Objective(nn.Module):
         """One batch on the CPU, all its randomness drawn from the generator."""
         raise NotImplementedError
 
+    def facts(self) -> dict[str, object]:
+        """What, besides the LoopConfig, a resumed run must have in common with the one that was begun; plain data."""
+        return {}
+
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:
         """Figures to log, with the averaged weights in place; pictures may be written into the folder."""
         raise NotImplementedError
@@ -46,10 +54,11 @@ class Objective(nn.Module):
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long and how fast. Rates are AdamW's (Loshchilov & Hutter 2019).
+    """How long and how fast. Rates are AdamW's (Loshchilov & Hutter 2019); `batch` is each rank's.
 
     schedule: after `warmup` steps "constant" keeps the rate and lets it fall to nought over the last `cooldown` steps;
     "cosine" lets it fall all the way. The last step of a run is `steps`; a finished run may be given more.
+    decayed: which weights decay: all, or matrices alone and no gains, biases or single numbers.
     """
 
     steps: int
@@ -59,6 +68,7 @@ class LoopConfig:
     schedule: Literal["constant", "cosine"] = "constant"
     cooldown: int = 0
     weight_decay: float = 0.01
+    decayed: Literal["all", "matrices"] = "all"
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = 1.0
     ema: float = 0.999
@@ -94,6 +104,21 @@ def step_generator(seed: int, step: int, micro: int = 0, rank: int = 0) -> torch
     return torch.Generator().manual_seed((((seed * 1_000_003 + step) * 1009 + micro) * 10_007 + rank) % 2**63)
 
 
+def rank_and_ranks() -> tuple[int, int]:
+    """Which process this is, and of how many that train together; (0, 1) where there is but one."""
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+@contextmanager
+def first_rank_first() -> Iterator[None]:
+    """The other ranks wait, for six hours at most, until the first one has left this block: it may prepare files."""
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6))
+    with state.main_process_first():
+        yield
+
+
 def train(objective: Objective, config: LoopConfig, output: Path) -> EMA:
     """Run or resume training in the folder `output`; returns the averaged weights.
 
@@ -106,15 +131,15 @@ def train(objective: Objective, config: LoopConfig, output: Path) -> EMA:
         gradient_accumulation_steps=config.accumulate,
         cpu=not torch.cuda.is_available(),
     )
-    trained = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        trained, lr=config.rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        _groups(objective, config), lr=config.rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
     objective.to(accelerator.device)
     if config.compile:
         objective.compile()
     ema = EMA(objective, config.ema)
     facts = {key: value for key, value in asdict(config).items() if key not in FREE_TO_CHANGE}
+    facts |= {"processes": accelerator.num_processes, **objective.facts()}
     start = _resume(output, facts, objective, ema, optimizer)
     model, optimizer = accelerator.prepare(objective, optimizer)
     output.mkdir(parents=True, exist_ok=True)
@@ -125,8 +150,9 @@ def train(objective: Objective, config: LoopConfig, output: Path) -> EMA:
                 "weights": {n: p for n, p in objective.named_parameters() if p.requires_grad},
                 "ema": ema.state_dict(),
                 "optimizer": flatten_optimizer(optimizer),
+                "buffers": _buffers(objective),
             }
-            save_state(output, RunState(step, facts, tensors))
+            save_state(output, RunState(step, facts, {name: held for name, held in tensors.items() if held}))
 
     bad, clock, seen = 0, time.perf_counter(), 0
     with _stop_signal() as stop:
@@ -142,7 +168,7 @@ def train(objective: Objective, config: LoopConfig, output: Path) -> EMA:
                 ema.update(objective, step)
             seen += config.batch * config.accumulate * accelerator.num_processes
             done = step + 1
-            if done % config.log_every == 0:
+            if done % config.log_every == 0 and accelerator.is_main_process:
                 now = time.perf_counter()
                 text = " ".join(f"{name} {value:.4f}" for name, value in figures.items())
                 log.info("step %d/%d  %s  %.1f/s", done, config.steps, text, seen / (now - clock))
@@ -150,14 +176,26 @@ def train(objective: Objective, config: LoopConfig, output: Path) -> EMA:
             saved = done % config.save_every == 0 or done == config.steps
             if saved:
                 save(done)
-            if (done % config.evaluate_every == 0 or done == config.steps) and not stop():
+            due = done % config.evaluate_every == 0 or done == config.steps
+            if due and accelerator.is_main_process and not stop():
                 _evaluate(objective, ema, output, done)
-            if signalled := stop():
+            if signalled := _greatest(accelerator, stop()):
                 if not saved:
                     save(done)
                 log.info("stopped at step %d, saved in %s", done, output)
+                accelerator.wait_for_everyone()  # a launcher kills the others as soon as one has left
                 raise KeyboardInterrupt if signalled == signal.SIGINT else SystemExit(128 + signalled)
+    accelerator.wait_for_everyone()
     return ema
+
+
+def _groups(objective: Objective, config: LoopConfig) -> list[dict[str, Any]]:
+    """The trained parameters as AdamW takes them."""
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    if config.decayed == "all":
+        return [{"params": trained}]
+    spared = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
+    return [{"params": [p for p in trained if p.ndim >= 2]}, spared]
 
 
 def _resume(
@@ -167,17 +205,33 @@ def _resume(
     state = load_state(output)
     if state is None:
         return 0
-    check_facts(output, state.facts, facts)
+    check_facts(output, state.facts, {name: value for name, value in facts.items() if name in state.facts})
     parameters = {n: p for n, p in objective.named_parameters() if p.requires_grad}
-    if parameters.keys() != state.tensors["weights"].keys():
+    weights = state.tensors["weights"]
+    if {n: p.shape for n, p in parameters.items()} != {n: w.shape for n, w in weights.items()}:
         raise LdmError(f"{output}: holds a run of another network; give another --output")
+    buffers = _buffers(objective)
     with torch.no_grad():
-        for name, value in state.tensors["weights"].items():
+        for name, value in weights.items():
             parameters[name].copy_(value)
+        for name, value in state.tensors.get("buffers", {}).items():
+            buffers[name].copy_(value)
     ema.load_state_dict(state.tensors["ema"])
-    restore_optimizer(optimizer, state.tensors["optimizer"])
+    restore_optimizer(optimizer, state.tensors.get("optimizer", {}))  # none where no step was ever finite
     log.info("resuming %s at step %d", output, state.step)
     return state.step
+
+
+def _buffers(objective: Objective) -> dict[str, Tensor]:
+    """What training changes besides parameters: the running means of batch normalisation."""
+    parameters = {name for name, _ in objective.named_parameters()}
+    return {name: held for name, held in objective.state_dict().items() if name not in parameters}
+
+
+def _greatest(accelerator: Accelerator, number: int) -> int:
+    """The greatest of all ranks' numbers, on each of them."""
+    all_of_them: Any = accelerator.gather(torch.tensor([number], device=accelerator.device))
+    return int(all_of_them.max())
 
 
 def _step(
@@ -188,12 +242,16 @@ def _step(
     config: LoopConfig,
     step: int,
 ) -> dict[str, float]:
-    """One optimizer step over `accumulate` micro-batches; the weights stay as they are if it is not finite."""
+    """One optimizer step over `accumulate` micro-batches; the weights stay as they are if it is not finite.
+
+    Returns the mean over ranks of what the objective said, so that all ranks judge it alike.
+    """
     totals: dict[str, float] = {}
     norm: Any = 0.0
     for micro in range(config.accumulate):
         generator = step_generator(config.seed, step, micro, accelerator.process_index)
         batch = {k: v.to(accelerator.device) for k, v in objective.batch(config.batch, generator).items()}
+        torch.manual_seed(generator.initial_seed())  # for networks with dropout, which draw from torch's own generator
         with accelerator.accumulate(model):
             scalars = model(batch)
             accelerator.backward(scalars["loss"])
@@ -205,7 +263,9 @@ def _step(
             optimizer.zero_grad()
         for name, value in scalars.items():
             totals[name] = totals.get(name, 0.0) + float(value.detach()) / config.accumulate
-    return totals | {"gradient": float(norm)}
+    totals["gradient"] = float(norm)
+    means: Any = accelerator.reduce(torch.tensor(list(totals.values()), device=accelerator.device), "mean")
+    return dict(zip(totals, means.tolist(), strict=True))
 
 
 def _evaluate(objective: Objective, ema: EMA, output: Path, step: int) -> None:

@@ -61,6 +61,55 @@ def test_resumed_run_takes_the_same_steps(tmp_path: Path, accumulate: int) -> No
     assert all(torch.equal(average.weights[n], resumed.weights[n]) for n in average.weights)
 
 
+def test_dropout_and_running_means_resume_too(tmp_path: Path) -> None:
+    class Deep(Line):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Sequential(nn.Linear(1, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+        def evaluate(self, folder: Path, step: int) -> dict[str, float]:
+            return {}
+
+    whole, first, second = Deep(), Deep(), Deep()
+    train(whole, CONFIG, tmp_path / "whole")
+    train(first, replace(CONFIG, steps=7), tmp_path / "parts")
+    torch.rand(3)
+    train(second, CONFIG, tmp_path / "parts")
+    assert whole.losses == first.losses + second.losses
+    resumed = second.state_dict()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.state_dict().items())
+
+
+def test_a_run_without_one_finite_step_can_be_resumed(tmp_path: Path) -> None:
+    train(Line(poison=(0,)), replace(CONFIG, steps=1, evaluate_every=9), tmp_path)
+    line = Line()
+    train(line, CONFIG, tmp_path)
+    assert len(line.losses) == CONFIG.steps - 1
+
+
+def test_gains_and_biases_are_spared_where_matrices_decay(tmp_path: Path) -> None:
+    class Flat(Line):
+        def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {"loss": 0 * sum(p.sum() for p in self.parameters())}
+
+    flat = Flat()
+    before = {name: p.detach().clone() for name, p in flat.named_parameters()}
+    train(flat, replace(CONFIG, rate=0.1, weight_decay=0.5, decayed="matrices"), tmp_path)
+    shrunk = [name for name, p in flat.named_parameters() if not torch.equal(p, before[name])]
+    assert shrunk == ["layer.weight"]
+
+
+def test_a_network_of_other_widths_is_refused(tmp_path: Path) -> None:
+    class Wide(Line):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(1, 2)
+
+    train(Line(), replace(CONFIG, steps=5, evaluate_every=9), tmp_path)
+    with pytest.raises(LdmError, match="a run of another network"):
+        train(Wide(), CONFIG, tmp_path)
+
+
 def test_loss_falls_and_evaluation_sees_the_average(tmp_path: Path) -> None:
     line = Line()
     average = train(line, replace(CONFIG, rate=0.1, steps=60), tmp_path)
