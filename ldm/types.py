@@ -23,6 +23,7 @@ class Conditioning:
     control: residuals (B, C_i, h_i, w_i) added to the skips and the middle, from a control network
     controlled: (B, K) bool, which of K control networks are to act on each row; for what wraps a U-Net
     perturbed: (B,) bool, in which rows the self-attention in the middle of the U-Net looks nowhere but at itself
+    words: (B, N) bool, which tokens of `cross` are text and not padding, for a network that tells them apart
     """
 
     cross: Tensor | None = None
@@ -31,6 +32,7 @@ class Conditioning:
     control: tuple[Tensor, ...] = ()
     controlled: Tensor | None = None
     perturbed: Tensor | None = None
+    words: Tensor | None = None
 
     @property
     def row_shapes(self) -> tuple[object, ...]:
@@ -79,6 +81,7 @@ class Conditioning:
             control=tuple(torch.cat(level) for level in zip(*(p.control for p in parts), strict=True)),
             controlled=join([p.controlled for p in parts], "controlled"),
             perturbed=join([p.perturbed for p in parts], "perturbed"),
+            words=join([p.words for p in parts], "words"),
         )
 
 

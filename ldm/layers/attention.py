@@ -39,25 +39,29 @@ def attention_backend(name: Backend) -> Iterator[None]:
         _backend.reset(token)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False, seen: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(K)) v over `heads` heads. q (B, N, D), k and v (B, M, D) -> (B, N, D).
 
-    Vaswani et al. 2017, section 3.2. `causal`: a query sees no later key (then M = N).
+    Vaswani et al. 2017, section 3.2. `causal`: a query sees no later key (then M = N). `seen` (B, M) bool: the keys
+    that are seen at all, among them one that every query may see; xformers is not asked then.
     """
     b, n, d = q.shape
     q, k, v = (t.view(b, t.shape[1], heads, d // heads) for t in (q, k, v))
-    if _backend.get() == "xformers":
+    if _backend.get() == "xformers" and seen is None:
         from xformers import ops  # pyright: ignore[reportMissingImports]
 
         out = ops.memory_efficient_attention(q, k, v, attn_bias=ops.LowerTriangularMask() if causal else None)
         return out.reshape(b, n, d)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    mask = None if seen is None else seen[:, None, None, :]
+    if mask is not None and causal:
+        mask, causal = mask & mask.new_ones(n, n).tril(), False
     if q.requires_grad and q.device.type == "cpu":
         # The fused kernel's backward pass in bf16 on a CPU is two to five times slower than plain matrix products.
         with sdpa_kernel(SDPBackend.MATH):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     else:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return out.transpose(1, 2).reshape(b, n, d)
 
 

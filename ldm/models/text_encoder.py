@@ -78,10 +78,10 @@ class OpenCLIPAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D); seen (B, N) bool: the positions that are looked at."""
         q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        return self.out_proj(attend(q, k, v, self.heads, causal=self.causal))
+        return self.out_proj(attend(q, k, v, self.heads, causal=self.causal, seen=seen))
 
 
 class OpenCLIPMLP(nn.Module):
@@ -108,9 +108,9 @@ class OpenCLIPBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = OpenCLIPMLP(width, activation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D); seen (B, N) bool: the positions that are looked at."""
+        x = x + self.attn(self.ln_1(x), seen)
         return x + self.mlp(self.ln_2(x))
 
 

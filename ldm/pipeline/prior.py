@@ -1,0 +1,170 @@
+"""The prior, ready to use: a text -> CLIP embeddings of pictures that it may describe, for the decoder to draw.
+
+Ramesh et al. 2022, section 2.2. Shapes: B texts, P width of CLIP's space, C candidates of each embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.guidance import Guidance, Told, guided
+from ldm.diffusion.noise import per_image_noise
+from ldm.diffusion.schedule import NOISE_SCHEDULES
+from ldm.diffusion.sigmas import trailing
+from ldm.diffusion.state import start_state
+from ldm.errors import LdmError
+from ldm.models.autoregressive_prior import AutoregressivePrior
+from ldm.models.presets import TextUse
+from ldm.models.prior import Prior
+from ldm.models.text_encoder import OpenCLIPText, TextTower
+from ldm.models.tokenizer import END, tokenize
+from ldm.pipeline.device import choose_device
+from ldm.pipeline.load import SHIPPED
+from ldm.pipeline.unclip import in_scale
+from ldm.samplers import SAMPLERS
+from ldm.types import Conditioning
+from ldm.weights.io import printable
+from ldm.weights.prior import is_marked, read_prior
+
+SHIPPED_PRIOR = SHIPPED.with_name("ldm-prior.safetensors")
+
+
+def load_prior(path: str | Path | None = None, *, device: str | torch.device = "auto") -> Prior | AutoregressivePrior:
+    """The prior in a file of ours, of either kind; None: the one that ships with this package.
+
+    Raises LdmError where the file is not there, or is no prior, or a damaged one.
+    """
+    place = choose_device(device)
+    path = SHIPPED_PRIOR if path is None else Path(path)
+    prior = read_prior(path, device=place)
+    if prior.config.schedule not in NOISE_SCHEDULES:
+        known = ", ".join(NOISE_SCHEDULES)
+        found = printable(prior.config.schedule)
+        raise LdmError(f"{printable(str(path))}: its noise schedule {found!r} is not known; expected {known}")
+    return prior
+
+
+def tell(
+    prior: Prior | AutoregressivePrior, tower: TextTower, use: TextUse, texts: Sequence[str], without: str = ""
+) -> Told:
+    """Texts as a prior is told them, one row each, and what guidance leads away from.
+
+    tower, use: the text tower of the CLIP that the prior was trained for (`model.text[0]`, `model.config.text[0]`).
+    Raises LdmError where it is another one.
+    """
+    wanted, found = prior.config, tower.config
+    projection = tower.text_projection if isinstance(tower, OpenCLIPText) else None
+    if projection is None or (found.width, projection.shape[1]) != (wanted.text_width, wanted.projection):
+        widths = f"{found.width} wide with a projection to {found.projection or 'nothing'}"
+        raise LdmError(
+            f"prior: the text tower is {widths}, expected {wanted.text_width} to {wanted.projection}; "
+            "use the model that the prior was made for"
+        )
+    if not is_marked(projection, wanted.clip):
+        raise LdmError("prior: it was trained for another CLIP than this model's; use the two that belong together")
+    ids = torch.tensor([tokenize(text, min(found.tokens, wanted.tokens), use.padding) for text in (*texts, without)])
+    ids = ids[:, : int(text_lengths(ids).max())].to(projection.device)
+    with torch.inference_mode():
+        said = tower(ids, use.skip, use.final_norm, pooled=True)
+    assert said.pooled is not None
+    words = torch.arange(ids.shape[1])[None] < text_lengths(ids.cpu())[:, None]
+    cond = Conditioning(cross=said.states.float(), vector=in_scale(said.pooled.float()), words=words)
+    cond = cond.to(device=next(prior.parameters()).device)
+    rows = torch.full((len(texts),), len(texts))
+    return Told(((cond.select(slice(len(texts))), 1.0),), cond.select(rows))
+
+
+def text_lengths(ids: Tensor) -> Tensor:
+    """How many of each row's ids (B, N) are text, its start and end among them: (B,)."""
+    return (ids == END).int().argmax(dim=1) + 1
+
+
+@torch.inference_mode()
+def image_embeddings(
+    prior: Prior | AutoregressivePrior,
+    told: Told,
+    *,
+    seed: int = 0,
+    count: int = 1,
+    guidance: float = 2.0,
+    steps: int = 25,
+    choose: int = 2,
+    sampler: str = "ddpm",
+) -> Tensor:
+    """`count` embeddings of each text, (B * count, P) of length sqrt(P), float32: those of the first text come first.
+
+    told:     what `tell` gave; embedding i depends on the text it is of and on seed + i alone
+    guidance: the scale of classifier-free guidance, 1 for none
+    steps:    of the sampler; an autoregressive prior takes one for each code, and looks at neither
+    choose:   C: of so many candidates the one is kept that is most like its text by CLIP (section 2.2: two)
+
+    Raises LdmError for a number out of range.
+    """
+    limits = NOISE_SCHEDULES[prior.config.schedule]()
+    for name, value, most in (("count", count, 65536), ("steps", steps, len(limits)), ("choose", choose, 64)):
+        if not 1 <= value <= most:
+            raise LdmError(f"{name}: found {value}, expected 1 to {most}")
+    if not math.isfinite(guidance):
+        raise LdmError(f"guidance: found {guidance:g}, expected a finite number")
+    if sampler not in SAMPLERS:
+        raise LdmError(f"sampler: found {printable(sampler)!r}, expected one of {', '.join(SAMPLERS)}")
+    ((cond, _),) = told.parts
+    assert cond.vector is not None and told.uncond is not None
+    seeds = range(seed, seed + count * len(cond.vector))
+    each = count * choose
+    rows = Told(((cond.repeat(each), 1.0),), told.uncond.repeat(each))
+    if isinstance(prior, Prior):
+        found = _diffused(prior, rows, seeds, guidance, steps, sampler)
+    else:
+        found = _spelled(prior, rows, seeds, guidance)
+    candidates = in_scale(found).unflatten(0, (len(seeds), choose))
+    likeness = F.cosine_similarity(candidates, cond.vector.repeat_interleave(count, dim=0)[:, None], dim=-1)
+    return candidates[torch.arange(len(seeds)), likeness.argmax(dim=1).cpu()].cpu()
+
+
+def _diffused(prior: Prior, rows: Told, seeds: Sequence[int], guidance: float, steps: int, sampler: str) -> Tensor:
+    """Candidates (len(seeds) * C, P) of a diffusion prior, of rows as many; not of their length yet."""
+    ((cond, _),) = rows.parts
+    assert cond.vector is not None
+    width, choose = prior.config.projection, len(cond.vector) // len(seeds)
+    denoiser = Denoiser(prior, NOISE_SCHEDULES[prior.config.schedule](), "x0")
+    solver = SAMPLERS[sampler]
+    noise = per_image_noise((choose, width), seeds, device=cond.vector.device, brownian=solver.brownian)
+    # Of other programs' habits in spacing none holds for vectors; this one starts at pure noise, as training knew it.
+    sigmas = trailing(denoiser.schedule, steps)
+    denoise = guided(denoiser, ((torch.inf, rows),), Guidance(guidance))
+    x = start_state(noise.start.flatten(0, 1), float(sigmas[0]))
+    for step in solver.sample(denoise, x, sigmas, lambda high, low: noise(high, low).flatten(0, 1)):
+        x = step.x
+    return prior.from_unit(x)
+
+
+def _spelled(prior: AutoregressivePrior, rows: Told, seeds: Sequence[int], guidance: float) -> Tensor:
+    """Candidates (len(seeds) * C, P) of an autoregressive prior, drawn code by code; guidance is that of the logits.
+
+    As in the paper, the similarity is one of the upper half of those in the training set.
+    """
+    ((cond, _),) = rows.parts
+    assert cond.vector is not None and rows.uncond is not None
+    choose, device = len(cond.vector) // len(seeds), cond.vector.device
+    count, buckets = prior.codes.components, prior.codes.similarities
+    draws = [torch.rand(choose, count + 1, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    draw = torch.cat(draws).to(device)
+    similarity = buckets // 2 + (draw[:, 0] * (buckets - buckets // 2)).long()
+    codes = torch.zeros(len(draw), 0, dtype=torch.long, device=device)
+    for position in range(count):
+        logits = prior(codes, similarity, cond)[:, -1]
+        if guidance != 1:
+            without = prior(codes, torch.full_like(similarity, buckets), rows.uncond)[:, -1]
+            logits = without + guidance * (logits - without)
+        cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
+        chosen = torch.searchsorted(cumulative, draw[:, [position + 1]] * cumulative[:, -1:])
+        codes = torch.cat([codes, chosen.clamp(max=prior.codes.buckets - 1)], dim=1)
+    return prior.speller.decode(codes)
