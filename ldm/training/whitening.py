@@ -37,6 +37,10 @@ class Whitening:
         """States (..., D) -> white ones."""
         return (states - self.mean) @ self.matrix
 
+    def to(self, like: Tensor) -> Whitening:
+        """The same on a tensor's device, in its dtype."""
+        return Whitening(self.mean.to(like), self.matrix.to(like))
+
 
 def whitening_of(states: Tensor) -> Whitening:
     """The whitening of states (M, D) by the eigenvectors of their covariance (ZCA; Kessy et al. 2018)."""
@@ -49,10 +53,14 @@ def whitening_of(states: Tensor) -> Whitening:
 
 @dataclass(frozen=True)
 class TextWhitening:
-    """Of the text states, and of the pooled vector where the U-Net takes one."""
+    """Of the text states, and of the pooled vector where the U-Net takes one: the first part of its vector."""
 
     states: Whitening
     pooled: Whitening
+
+    def to(self, like: Tensor) -> TextWhitening:
+        """The same on a tensor's device, in its dtype."""
+        return TextWhitening(self.states.to(like), self.pooled.to(like))
 
 
 @torch.no_grad()
@@ -62,18 +70,21 @@ def fold(unet: UNet, whitening: TextWhitening) -> None:
     Keys: the mean adds the same to every token's score, which softmax forgets. Values: the weights of attention add
     up to 1, so that the mean's value is a constant, which goes into the output's bias.
     """
+    whitening = whitening.to(next(unet.parameters()))
     for layer in _cross_attentions(unet):
         layer.to_k.weight.copy_(layer.to_k.weight @ whitening.states.matrix)
         layer.to_v.weight.copy_(layer.to_v.weight @ whitening.states.matrix)
         _shift(cast(nn.Linear, layer.to_out[0]), -layer.to_v.weight @ whitening.states.mean)
     for layer in _vector_projections(unet):
-        layer.weight.copy_(layer.weight @ whitening.pooled.matrix)
-        layer.bias.sub_(layer.weight @ whitening.pooled.mean)
+        text = layer.weight[:, : len(whitening.pooled.mean)]
+        text.copy_(text @ whitening.pooled.matrix)
+        layer.bias.sub_(text @ whitening.pooled.mean)
 
 
 @torch.no_grad()
 def unfold(unet: UNet, whitening: TextWhitening) -> None:
     """The way back from `fold`, to train a finished U-Net on white text."""
+    whitening = whitening.to(next(unet.parameters()))
     inverse = torch.linalg.inv(whitening.states.matrix.double()).to(whitening.states.matrix)
     for layer in _cross_attentions(unet):
         _shift(cast(nn.Linear, layer.to_out[0]), layer.to_v.weight @ whitening.states.mean)
@@ -81,8 +92,9 @@ def unfold(unet: UNet, whitening: TextWhitening) -> None:
         layer.to_v.weight.copy_(layer.to_v.weight @ inverse)
     inverse = torch.linalg.inv(whitening.pooled.matrix.double()).to(whitening.pooled.matrix)
     for layer in _vector_projections(unet):
-        layer.bias.add_(layer.weight @ whitening.pooled.mean)
-        layer.weight.copy_(layer.weight @ inverse)
+        text = layer.weight[:, : len(whitening.pooled.mean)]
+        layer.bias.add_(text @ whitening.pooled.mean)
+        text.copy_(text @ inverse)
 
 
 @contextlib.contextmanager
