@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ldm.errors import LdmError
+    from ldm.pipeline.clip import CLIP
     from ldm.pipeline.latent_diffusion import LatentDiffusion
     from ldm.pipeline.load import load
+    from ldm.pipeline.load_clip import load_clip
     from ldm.pipeline.request import Apg, Control, GenerateRequest, HighRes
     from ldm.weights.adapters.read import read_adapter
 
 __version__ = "0.1.0"
 __all__ = [
+    "CLIP",
     "Apg",
     "Control",
     "GenerateRequest",
@@ -29,10 +32,12 @@ __all__ = [
     "LdmError",
     "__version__",
     "load",
+    "load_clip",
     "read_adapter",
 ]
 
 _HOMES = {
+    "CLIP": "ldm.pipeline.clip",
     "Apg": "ldm.pipeline.request",
     "Control": "ldm.pipeline.request",
     "GenerateRequest": "ldm.pipeline.request",
@@ -40,6 +45,7 @@ _HOMES = {
     "LatentDiffusion": "ldm.pipeline.latent_diffusion",
     "LdmError": "ldm.errors",
     "load": "ldm.pipeline.load",
+    "load_clip": "ldm.pipeline.load_clip",
     "read_adapter": "ldm.weights.adapters.read",
 }
 

@@ -25,13 +25,14 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"errors"},
     "evaluation": {"errors"},
     "pipeline": {"errors", "types", "layers", "models", "diffusion", "samplers", "weights"},
+    "search": {"errors", "types", "models", "weights", "pipeline"},
     "tasks": {"errors", "types", "layers", "models", "diffusion", "samplers", "weights", "pipeline"},
     "training": {
         "errors", "types", "layers", "models", "diffusion", "samplers", "weights", "data", "pipeline", "evaluation",
     },
     "apps": {
         "errors", "types", "layers", "models", "diffusion", "samplers", "weights", "data", "pipeline", "evaluation",
-        "tasks", "training",
+        "tasks", "training", "search",
     },
 }  # fmt: skip
 """Each folder or file of the package, and what it may import besides itself."""
@@ -45,13 +46,19 @@ HEAVY: dict[str, set[str]] = {
     "transformers": {"models/depth.py"},
     "diffusers": set(),
     "peft": set(),
-    "open_clip": {"training/clip.py", "models/image_encoder.py"},
+    "open_clip": {
+        "training/clip.py",
+        "training/clip_model.py",
+        "models/image_encoder.py",
+        "pipeline/open_clip_model.py",
+    },
     "accelerate": {"training/loop.py"},
     "xformers": {"layers/attention.py"},
     "ftfy": {"models/tokenizer.py"},
     "tyro": {"apps/cli.py", "apps/flags.py", "apps/options.py", "data/packed.py", "data/pictures/build.py"},
-    "rich": {"apps/progress.py", "apps/info.py", "apps/info_page.py"},
+    "rich": {"apps/progress.py", "apps/info.py", "apps/info_page.py", "apps/match_tables.py"},
     "pydantic": {"pipeline/request.py", "pipeline/validation.py"},
+    "faiss": {"search/nearest.py"},
     "cv2": {"pipeline/control.py"},
 }
 """Heavy packages, or ones with a single purpose, and the files that may import them."""

@@ -19,19 +19,27 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixe
 
 from ldm import __version__
 from ldm.apps.options import (
+    Classify,
     Command,
     Convert,
     Depth2Img,
     Generate,
     Grid,
     Img2Img,
+    Index,
     Info,
     Inpaint,
+    Interpolate,
     Outpaint,
+    Pca,
     Redo,
+    Score,
+    Search,
     Sheet,
     Show,
+    TextDiff,
     Train,
+    TrainClip,
     Upscale,
     Variations,
 )
@@ -48,6 +56,9 @@ _Parsed = (
     | Annotated[Upscale, subcommand("upscale")]
     | Annotated[Variations, subcommand("variations")]
     | Annotated[Depth2Img, subcommand("depth2img")]
+    | Annotated[Interpolate, subcommand("interpolate")]
+    | Annotated[TextDiff, subcommand("textdiff")]
+    | Annotated[Pca, subcommand("pca")]
     | Annotated[Grid, subcommand("grid")]
     | Annotated[Show, subcommand("show")]
     | Annotated[Redo, subcommand("redo")]
@@ -55,6 +66,11 @@ _Parsed = (
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Sheet, subcommand("sheet")]
     | Annotated[Train, subcommand("train")]
+    | Annotated[TrainClip, subcommand("train-clip")]
+    | Annotated[Index, subcommand("index")]
+    | Annotated[Search, subcommand("search")]
+    | Annotated[Classify, subcommand("classify")]
+    | Annotated[Score, subcommand("score")]
 )
 
 
@@ -132,19 +148,52 @@ def _dispatch(command: Command) -> None:
             from ldm.apps.sheet import sheet
 
             sheet(command)
-        case Train():
+        case Train() | TrainClip():
             _train(command)
+        case Index():
+            from ldm.apps.index import index
+
+            index(command)
+        case Search():
+            from ldm.apps.search import search
+
+            search(command)
+        case Classify():
+            from ldm.apps.classify import classify
+
+            classify(command)
+        case Score():
+            from ldm.apps.score import score
+
+            score(command)
+        case Interpolate():
+            from ldm.apps.interpolate import interpolate
+
+            interpolate(command)
+        case TextDiff():
+            from ldm.apps.textdiff import textdiff
+
+            textdiff(command)
+        case Pca():
+            from ldm.apps.pca import pca
+
+            pca(command)
         case other:
             assert_never(other)
 
 
-def _train(command: Train) -> None:
+def _train(command: Train | TrainClip) -> None:
     """Raises `LdmError` where the packages for training are not installed."""
     try:
-        from ldm.training.recipes import run
-
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-        run(command.recipe, command.output, pictures=command.pictures, steps=command.steps)
+        if isinstance(command, TrainClip):
+            from ldm.apps.train_clip import run as train_clip
+
+            train_clip(command)
+        else:
+            from ldm.training.recipes import run
+
+            run(command.recipe, command.output, pictures=command.pictures, steps=command.steps)
     except ModuleNotFoundError as error:
         package = (error.name or "ldm").partition(".")[0]
         if package == "ldm":

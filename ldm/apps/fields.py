@@ -13,7 +13,7 @@ from ldm.apps.flags import Chance, Details, Prompts, Reading, Refining, Sampling
 from ldm.apps.options import Depth2Img, Generate, Img2Img, Inpaint, Outpaint, TaskCommand, Upscale, Variations
 from ldm.errors import LdmError
 from ldm.pipeline.files import read_file
-from ldm.pipeline.request import Apg, GenerateRequest, HighRes
+from ldm.pipeline.request import DEFAULT_SAMPLER, Apg, GenerateRequest, HighRes
 from ldm.pipeline.validation import shown
 
 MAX_PROMPT_FILE = 16 * 2**20
@@ -142,7 +142,9 @@ def _task_fields(command: TaskCommand) -> dict[str, Any]:
         case Upscale():
             return {"image": picture(command.image), "upscale_noise": command.noise}
         case Variations():
-            return {"vary": picture(command.image), "vary_noise": command.noise}
+            fields = {"vary": picture(command.image), "vary_noise": command.noise, "vary_inverted": command.inverted}
+            backwards = command.inverted and command.sampling.sampler == DEFAULT_SAMPLER
+            return fields | ({"sampler": "ddim"} if backwards else {})
         case Depth2Img():
             if (command.depth is None) == (command.depth_model is None):
                 raise LdmError("depth: found both or neither, expected one of --depth FILE and --depth-model FOLDER")

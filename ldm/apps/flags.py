@@ -75,6 +75,40 @@ class Model:
 
 
 @dataclass(frozen=True)
+class ClipModel:
+    """Which CLIP looks at pictures and texts, and where."""
+
+    file: Annotated[Path | None, arg(name="model", metavar="FILE", help_behavior_hint="")] = None
+    """One of ours, of SD 2.1 unCLIP, open_clip or transformers: a file or folder. By default the one that ships."""
+    config: Annotated[str | None, arg(metavar="NAME|FILE", help_behavior_hint="")] = None
+    """open_clip's config for weights that have none beside them, as ViT-B-32, or a JSON file like it."""
+    allow_pickle: bool = False
+    """Read .pt and .bin too, with a reader that runs nothing that is in them."""
+    device: Annotated[str, arg(metavar="D")] = "auto"
+    """cpu, cuda, cuda:1, mps; auto is a CUDA GPU if there is one, else the CPU."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How pictures are drawn from what CLIP sees; by DDIM, which can be run backwards."""
+
+    prompt: Annotated[str, arg(metavar="TEXT", help_behavior_hint="")] = ""
+    """Words to lean towards besides."""
+    negative: Annotated[str, arg(metavar="TEXT", help_behavior_hint="")] = ""
+    """What the pictures should not show."""
+    size: Annotated[str, arg(metavar="WxH", help_behavior_hint="")] = ""
+    """In pixels, multiples of 8. By default the model's own, in the shape of the first picture."""
+    steps: Annotated[int, arg(metavar="N")] = 50
+    """Steps of DDIM, and of its way back."""
+    guidance: Annotated[float, arg(metavar="X")] = 1.0
+    """How far to lean towards what is told; with 1 a picture's own noise gives it back."""
+    eta: Annotated[float, arg(metavar="X")] = 0.0
+    """Noise added on the way, 0 to 1."""
+    seed: Annotated[int, arg(metavar="N")] = 0
+    """Of the noise; -1 draws one."""
+
+
+@dataclass(frozen=True)
 class Output:
     """Where pictures go and what is said about them."""
 

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from ldm.apps.controls import control_files
 from ldm.apps.fields import picture, requests_of
 from ldm.apps.flags import Details, Model
-from ldm.apps.options import Depth2Img, TaskCommand, Upscale
+from ldm.apps.options import Depth2Img, TaskCommand, Upscale, Variations
 from ldm.apps.progress import Bar, Stopwatch, progress_bar, to_stderr
 from ldm.pipeline.files import check_output, output_path, sha256_of
 from ldm.pipeline.request import GenerateRequest
@@ -40,7 +41,8 @@ def generate(command: TaskCommand) -> None:
         if isinstance(command, Depth2Img) and command.depth_model is not None:
             depth = _estimated(command.depth_model, picture(command.image))
             groups = {key: [request.changed(depth=depth) for request in group] for key, group in groups.items()}
-        plain = load_plain(command.model, watch, command.details)
+        given = with_decoder(command.model) if isinstance(command, Variations) else command.model
+        plain = load_plain(given, watch, command.details)
         task = _task_of(command)
         for rule in plain.origin.rules if command.output.verbose else ():
             to_stderr(f"model: {rule}")
@@ -82,6 +84,13 @@ def adapted(model: LatentDiffusion, wanted: tuple[Wanted, ...], adapters: dict[P
     from ldm.apps.adapters import choices
 
     return model.with_adapters(choices(wanted, adapters))
+
+
+def with_decoder(model: Model) -> Model:
+    """The flags, with the decoder that ships with this package as the model where they name none."""
+    from ldm.pipeline.load import shipped_decoder
+
+    return model if model.file is not None else replace(model, file=shipped_decoder())
 
 
 def load_model(model: Model, watch: Stopwatch) -> LatentDiffusion:

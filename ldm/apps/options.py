@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from ldm.apps.flags import Details, Model, Output, Prompts, Sampling, SecondPass
+from ldm.apps.flags import ClipModel, Decoding, Details, Model, Output, Prompts, Sampling, SecondPass
 from ldm.pipeline.request import DEFAULT_STRENGTH, MaskFill
 
 AXIS_HELP = (
@@ -125,6 +125,8 @@ class Variations:
     """The PNG, JPEG or WebP picture to vary."""
     noise: Annotated[int, arg(metavar="N")] = 0
     """How freely, 0 to 999."""
+    inverted: bool = False
+    """Begin in the picture's own noise, by DDIM: --eta 0 --guidance 1 gives it back, and --eta up to 1 varies it."""
     sampling: Sampling = field(default_factory=Sampling)
     output: Output = field(default_factory=Output)
     model: Model = field(default_factory=Model)
@@ -303,5 +305,213 @@ class Train:
     """Stop after so many steps. By default the recipe's."""
 
 
+@dataclass(frozen=True)
+class TrainClip:
+    """Train a CLIP on pictures with captions; started again, it resumes. accelerate launch -m ldm train-clip ...
+    trains on many GPUs."""
+
+    data: Annotated[Positional[Path], arg(metavar="DATA")]
+    """A folder of pictures with KEY.txt beside them, WebDataset shards (a .tar or a folder of them), or a packed
+    set."""
+    config: Annotated[str, arg(metavar="NAME|FILE")]
+    """A config that open_clip knows (ViT-B-32 ...), a JSON file or folder with one, or small."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="DIR")] = Path("runs/clip")
+    """The folder for checkpoints and, at the end, the model, as open_clip's local-dir: takes it."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """CLIP's contrast over the batch, or SigLIP's over pairs."""
+    batch: Annotated[int, arg(metavar="N")] = 256
+    """Pictures of a step, on each GPU; all are contrasted with all, those of other GPUs too."""
+    accumulate: Annotated[int, arg(metavar="N")] = 1
+    """Compute the batch in so many parts: less memory, more time, the same gradients."""
+    precision: Literal["bf16", "fp16", "no"] = "bf16"
+    """Mixed precision; no is float32."""
+    steps: Annotated[int, arg(metavar="N")] = 10_000
+    """How long."""
+    rate: Annotated[float, arg(metavar="X")] = 5e-4
+    """Of learning, at its height; it falls as a cosine."""
+    warmup: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """Steps over which the rate rises; by default a twentieth."""
+    weight_decay: Annotated[float, arg(metavar="X")] = 0.1
+    """AdamW's; gains and biases are spared."""
+    ema: Annotated[float, arg(metavar="X")] = 0.999
+    """The decay of the averaged weights, which are what is written; 0 takes the last ones."""
+    text_model: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """A Hugging Face text model and its tokenizer, for configs that would download them (multilingual ones, SigLIP)."""
+    labels: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A JSON object of pictures' names and labels: those held out are classified, zero-shot, while it trains."""
+    held_out: Annotated[float, arg(metavar="X")] = 0.05
+    """The share of the pictures that are not trained on, but searched while it trains."""
+    mirror: bool = False
+    """Mirror half of the pictures whose English captions speak of no side."""
+    seed: Annotated[int, arg(metavar="N")] = 0
+    """Of all that is drawn by lot."""
+    save_every: Annotated[int, arg(metavar="N")] = 500
+    """Steps; a run that is stopped saves, too."""
+    evaluate_every: Annotated[int, arg(metavar="N")] = 500
+    """Steps."""
+    log_every: Annotated[int, arg(metavar="N")] = 50
+    """Steps."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """Embed the pictures of a folder for ldm search. Started again, it resumes, and follows what changed.
+
+    accelerate launch -m ldm index FOLDER shares the work among processes and GPUs.
+    """
+
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    """PNG, JPEG and WebP pictures, also in folders below; hidden ones are passed over."""
+    index: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """Where the index lies. By default FOLDER/.ldm-index."""
+    rebuild: bool = False
+    """Forget the index that is there, and make it anew."""
+    shard: Annotated[str, arg(metavar="I/N", help_behavior_hint="")] = ""
+    """Embed the I-th of N shares only, for machines that share no more than the folder; a run without it then joins
+    them."""
+    json: bool = False
+    """Print a JSON object."""
+    clip: ClipModel = field(default_factory=ClipModel)
+
+
+@dataclass(frozen=True)
+class Search:
+    """Find the pictures that are nearest to words, to pictures, or to a sum of them less other words."""
+
+    words: Annotated[Positional[tuple[str, ...]], arg(metavar="WORDS", help_behavior_hint="")] = ()
+    """What to look for; several texts are added."""
+    index: Annotated[Path, arg(metavar="DIR")] = Path()
+    """What ldm index made, or the folder of pictures that it lies in."""
+    image: Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="FILE", help_behavior_hint="")] = ()
+    """A picture to look for. Repeatable."""
+    plus: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="WORDS", help_behavior_hint="")] = ()
+    """Words to add. Repeatable."""
+    minus: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="WORDS", help_behavior_hint="")] = ()
+    """Words to take away. Repeatable."""
+    top: Annotated[int, arg(metavar="N")] = 10
+    """How many to find."""
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE", help_behavior_hint="")] = None
+    """A .png file for a sheet of what was found. Nothing is ever overwritten: a taken name gets a number."""
+    json: bool = False
+    """Print a JSON object."""
+    clip: ClipModel = field(default_factory=ClipModel)
+
+
+@dataclass(frozen=True)
+class Classify:
+    """Say which of some labels each picture shows, by CLIP, which was trained on none of them."""
+
+    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE", help_behavior_hint="")]
+    """PNG, JPEG or WebP pictures."""
+    labels: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="A,B,...|FILE")]
+    """The labels, with commas between them, or a file with one a line. Repeatable."""
+    template: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="TEXT", help_behavior_hint="")] = ()
+    """A sentence with {} where the label goes, as "a picture of {}". Repeatable: the mean counts. By default six."""
+    top: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """Labels to show of each picture; by default 5, and all with --json."""
+    json: bool = False
+    """Print a JSON object for each picture."""
+    model: ClipModel = field(default_factory=ClipModel)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Say how well each picture fits each text: their cosines in CLIP's space, as a matrix."""
+
+    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE", help_behavior_hint="")]
+    """PNG, JPEG or WebP pictures."""
+    texts: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="A,B,...|FILE")]
+    """The texts, with commas between them, or a file with one a line. Repeatable."""
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE", help_behavior_hint="")] = None
+    """A .png file for the matrix as a heat map. Nothing is ever overwritten: a taken name gets a number."""
+    json: bool = False
+    """Print a JSON object, with the logits too."""
+    model: ClipModel = field(default_factory=ClipModel)
+
+
+@dataclass(frozen=True)
+class Interpolate:
+    """Draw the pictures between two: a sheet. Needs a model that is told pictures (our decoder, SD 2.1 unCLIP)."""
+
+    first: Annotated[Positional[Path], arg(metavar="A")]
+    """The PNG, JPEG or WebP picture to begin with."""
+    second: Annotated[Positional[Path], arg(metavar="B")]
+    """The one to end with."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FILE")] = Path("interpolation.png")
+    """The .png file. Nothing is ever overwritten: a taken name gets a number."""
+    frames: Annotated[int, arg(metavar="N")] = 9
+    """Pictures in a row, both ends included."""
+    rows: Annotated[str, arg(metavar="own|N,...")] = "own"
+    """A row for each: own begins in the two pictures' own noise, a number in the noise of this seed."""
+    json: bool = False
+    """Print a JSON object."""
+    decoding: Decoding = field(default_factory=Decoding)
+    model: Model = field(default_factory=Model)
+
+
+@dataclass(frozen=True)
+class TextDiff:
+    """Change a picture as one caption changes into another: a sheet. Needs a model as ldm interpolate does."""
+
+    image: Annotated[Positional[Path], arg(metavar="IMAGE")]
+    """The PNG, JPEG or WebP picture."""
+    source: Annotated[str, arg(name="from", metavar="TEXT")]
+    """What it shows, as "a cat"."""
+    target: Annotated[str, arg(name="to", metavar="TEXT")]
+    """What it is to show, as "a lion"."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FILE")] = Path("textdiff.png")
+    """The .png file. Nothing is ever overwritten: a taken name gets a number."""
+    frames: Annotated[int, arg(metavar="N")] = 7
+    """Pictures, of which the first is the picture given back."""
+    theta: Annotated[float, arg(metavar="X")] = 0.5
+    """How far the last one goes, above 0 and at most 1; 0.25 to 0.5 is usual."""
+    json: bool = False
+    """Print a JSON object."""
+    decoding: Decoding = field(default_factory=Decoding)
+    model: Model = field(default_factory=Model)
+
+
+@dataclass(frozen=True)
+class Pca:
+    """Draw pictures from a few principal components of what CLIP sees in them: a sheet. Needs a model as ldm
+    interpolate does."""
+
+    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE", help_behavior_hint="")]
+    """PNG, JPEG or WebP pictures."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FILE")] = Path("pca.png")
+    """The .png file. Nothing is ever overwritten: a taken name gets a number."""
+    components: Annotated[str, arg(metavar="N,...,all", help_behavior_hint="")] = ""
+    """How many to keep, a column for each. By default 1,2,5,10 ... as far as there are so many, and all."""
+    of: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """A folder of pictures whose components they are. By default those that go with our decoder, or else of IMAGE..."""
+    statistics: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """Or a file that --write wrote."""
+    write: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A .safetensors file to keep the components in. Nothing is ever overwritten."""
+    inverted: bool = False
+    """Begin in each picture's own noise; else all begin in that of --seed."""
+    json: bool = False
+    """Print a JSON object."""
+    decoding: Decoding = field(default_factory=Decoding)
+    model: Model = field(default_factory=Model)
+
+
 TaskCommand = Generate | Img2Img | Inpaint | Outpaint | Upscale | Variations | Depth2Img
-Command = TaskCommand | Grid | Show | Redo | Info | Convert | Sheet | Train
+Command = (
+    TaskCommand
+    | Grid
+    | Show
+    | Redo
+    | Info
+    | Convert
+    | Sheet
+    | Train
+    | TrainClip
+    | Index
+    | Search
+    | Classify
+    | Score
+    | Interpolate
+    | TextDiff
+    | Pca
+)

@@ -123,25 +123,26 @@ def request_of(command: Redo, remake: Remake) -> GenerateRequest:
     return request
 
 
-def model_file(command: Redo, remake: Remake) -> Path | None:
-    """The model to load; None for the one that ships. Raises `LdmError` where it has to be named."""
-    from ldm.pipeline.load import shipped_model
+def model_file(command: Redo, remake: Remake) -> Path:
+    """The model to load: one that ships, or one that is named or found. Raises `LdmError` where it has to be named."""
+    from ldm.pipeline.load import shipped_decoder, shipped_model
     from ldm.weights.find import find, model_roots
 
     if command.model.file is not None:
         return command.model.file
-    try:
-        if same_file(shipped_model(), remake.model_hash):
-            return None
-    except LdmError:  # it is not there
-        pass
+    for shipped in (shipped_model, shipped_decoder):
+        try:
+            if same_file(path := shipped(), remake.model_hash):
+                return path
+        except LdmError:  # it is not there
+            pass
     if command.model.models and remake.model:
         path = find("checkpoint", remake.model, model_roots(command.model.models))
         if same_file(path, remake.model_hash):
             return path
     digits = f"[{shown(remake.model_hash[:10])[1:-1]}]" if remake.model_hash else ""
     told = " ".join(filter(None, [shown(remake.model) if remake.model else "", digits])) or "not told"
-    raise LdmError(f"model: the picture's is {told}, and not the one that ships; name its file by --model")
+    raise LdmError(f"model: the picture's is {told}, and none that ships; name its file by --model")
 
 
 def same_file(path: Path, told: str | None) -> bool:

@@ -8,6 +8,7 @@
 | SDXL base       | 4      | CLIP-L and OpenCLIP bigG           | eps        | 1024        |
 | SDXL refiner    | 4      | OpenCLIP bigG                      | eps        | 1024        |
 | ours            | 4      | a small OpenCLIP tower             | v          | 128 or 256  |
+| our decoder     | 4      | the same; a CLIP image besides     | v          | 128 or 256  |
 """
 
 from __future__ import annotations
@@ -43,13 +44,18 @@ class TextUse:
 
 @dataclass(frozen=True)
 class ImageUse:
-    """An image tower, of whose embedding of a picture, noised, `Conditioning.vector` is made (SD 2.1 unCLIP).
+    """An image tower, whose embedding of a picture, noised, is the end of `Conditioning.vector`: all of it in SD 2.1
+    unCLIP; in our decoder, the pooled text stands in front.
 
-    statistics: whether mean and deviation of such embeddings are known; else they are taken as 0 and 1.
+    statistics: whether mean and deviation of such embeddings are known; else they are taken as 0 and 1
+    tokens:     how many tokens are made of the embedding besides, at the end of `Conditioning.cross`
+    unit:       whether embeddings are brought to one length, sqrt(P) of P numbers
     """
 
     tower: ImageConfig
     statistics: bool = False
+    tokens: int = 0
+    unit: bool = False
 
 
 @dataclass(frozen=True)
@@ -220,6 +226,19 @@ def small(size: int = 128) -> SystemConfig:
     )
 
 
+def small_decoder(size: int = 128) -> SystemConfig:
+    """`small` told a CLIP image embedding too: the decoder of Ramesh et al. 2022, section 2.1, of our own size."""
+    return decoder_of(small(size))
+
+
+def decoder_of(config: SystemConfig) -> SystemConfig:
+    """A system of ours with a CLIP, whose U-Net is told that one's image embedding beside the text."""
+    assert config.clip_image is not None and config.unet.vector_width is not None
+    image = ImageUse(config.clip_image, statistics=True, tokens=4, unit=True)
+    vector = config.unet.vector_width + 2 * image.tower.projection
+    return replace(config, unet=replace(config.unet, vector_width=vector), image=image, clip_image=None)
+
+
 def tiny(config: SystemConfig, width: int = 32) -> SystemConfig:
     """The same layout with every width cut and no level, for tests and for trying things; `width` a multiple of 32.
 
@@ -227,7 +246,8 @@ def tiny(config: SystemConfig, width: int = 32) -> SystemConfig:
     tower and one residual block at each level of the autoencoder.
     """
     towers = tuple(replace(use, tower=_tiny_tower(use.tower, width)) for use in config.text)
-    vectors = 1 if config.image is None else 2  # the embedding, and the level of its noise
+    pooled = sum(use.pooled for use in config.text)
+    vectors = pooled + (0 if config.image is None else 2)  # the embedding, and the level of its noise
     return replace(
         config,
         unet=_tiny_unet(config.unet, width, towers=len(towers), vector=width * vectors + 256 * config.sizes_in_vector),

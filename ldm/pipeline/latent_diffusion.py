@@ -20,6 +20,7 @@ from ldm.errors import LdmError
 from ldm.layers.embeddings import sinusoidal_embedding
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.controlnet import ControlNet
+from ldm.models.image_conditioner import ImageTokens
 from ldm.models.image_encoder import ImageTower
 from ldm.models.noise_augmentor import NoiseAugmentor
 from ldm.models.presets import SystemConfig
@@ -29,11 +30,11 @@ from ldm.models.unet import UNet
 from ldm.pipeline.adapters import AdapterChoice, AppliedAdapter, with_adapters
 from ldm.pipeline.embeddings import fitted, words_of
 from ldm.pipeline.emphasis import MAX_CHUNKS, encode_chunks, token_chunks
-from ldm.pipeline.images import as_mask, picture_bytes, to_tensor
+from ldm.pipeline.images import as_mask, picture_bytes, read_picture, to_tensor
 from ldm.pipeline.picture import OtherPart, Picture
 from ldm.pipeline.prompt import Emphasis
 from ldm.pipeline.request import GenerateRequest
-from ldm.pipeline.unclip import image_vector
+from ldm.pipeline.unclip import image_embedding, noised_embedding, told_image, told_no_image
 from ldm.types import Conditioning
 from ldm.weights.controlnet import read_control
 from ldm.weights.embeddings import Embedding
@@ -41,6 +42,12 @@ from ldm.weights.find import locate, model_roots
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from ldm.pipeline.clip import CLIP
+    from ldm.pipeline.components import Components
+    from ldm.tasks.classify import Match
+    from ldm.tasks.invert import Inverted
+    from ldm.tasks.score import Scores
 
 SIZE_FEATURES = 256
 """Sinusoidal features of each size, crop and score number (SDXL)."""
@@ -74,7 +81,7 @@ class Origin:
 class LatentDiffusion:
     """A latent diffusion model, ready to draw. It holds no state between calls, so threads may share it.
 
-    text:       a tower for each entry of `config.text`; image, augmentor: for `config.image`
+    text:       a tower for each entry of `config.text`; image, augmentor, image_tokens: for `config.image`
     dtype:      of the U-Net, and of the others unless they need a wider one
     embeddings: what prompts may use by name, see `with_embeddings`
     adapters:   those it has, see `with_adapters`; originals: what they changed, as it was, by its name in a file
@@ -91,6 +98,7 @@ class LatentDiffusion:
     origin: Origin = Origin()
     image: ImageTower | None = None
     augmentor: NoiseAugmentor | None = None
+    image_tokens: ImageTokens | None = None
     embeddings: tuple[Embedding, ...] = ()
     adapters: tuple[AppliedAdapter, ...] = ()
     originals: Mapping[str, Tensor] = field(default_factory=dict)
@@ -212,22 +220,42 @@ class LatentDiffusion:
         vector = torch.cat(pooled, dim=-1) if pooled else None
         if zeros:
             cross, vector = torch.zeros_like(cross), None if vector is None else torch.zeros_like(vector)
-        if self.config.image is not None:  # no picture: as in a quarter of its training
-            vector = cross.new_zeros(1, 2 * self.config.image.tower.projection)
         if vector is not None and self.config.sizes_in_vector:
             size = width or self.config.size, height or self.config.size
             features = self._size_features(size, original_size or size, crop, wanted)
             vector = torch.cat([vector, features.to(vector)], dim=-1)
-        return Conditioning(cross=cross, vector=vector)
+        cond = Conditioning(cross=cross, vector=vector)
+        return cond if self.config.image is None else told_no_image(self, cond)
 
     @torch.inference_mode()
     def encode_image(self, image: bytes | str | Path | Image.Image, *, noise_level: int = 0, seed: int = 0) -> Tensor:
-        """A picture -> `Conditioning.vector` of batch 1 for a model that varies pictures (SD 2.1 unCLIP).
+        """What a model that varies pictures sees of one: its embedding, noised, and the level in features, (1, 2 P).
 
-        noise_level: 0..999, how freely it may be varied; seed: of the noise that the level adds. Raises `LdmError`
-        where the model takes no picture, or the file is none.
+        It is `Conditioning.vector` of SD 2.1 unCLIP, and the last part of our decoder's. noise_level: 0..999, how
+        freely it may be varied; seed: of the noise that the level adds. Raises as `image_embedding` and `tell_image`.
         """
-        return image_vector(self, picture_bytes(image), noise_level, seed)
+        return noised_embedding(self, self.image_embedding(image), noise_level, seed)
+
+    @torch.inference_mode()
+    def image_embedding(self, image: bytes | str | Path | Image.Image) -> Tensor:
+        """A picture -> what CLIP sees in it, (1, P), without noise, in the scale that this model is told it.
+
+        SD 2.1 unCLIP is told its image tower's answer as it is, our decoder a vector of length sqrt(P). Raises
+        `LdmError` where the model takes no picture, or the file is none.
+        """
+        return image_embedding(self, picture_bytes(image))
+
+    @torch.inference_mode()
+    def tell_image(self, cond: Conditioning, embedding: Tensor, *, noise_level: int = 0, seed: int = 0) -> Conditioning:
+        """What a prompt says, and an embedding besides: a picture's, or one that was made in its place.
+
+        The path: `embedding`, (1, P) as `image_embedding` gives it or (B, P), is noised to `noise_level`, 0..999, with
+        the noise of `seed`; it and the level's features take the place of the zeros at the end of `cond.vector`, and
+        the tokens that our decoder makes of both that of the last ones of `cond.cross`. cond: from `encode_prompt`;
+        what it says of another embedding is forgotten. Raises `LdmError` where the model takes no picture, or for an
+        embedding of another width, one that is not finite, or a level that cannot be.
+        """
+        return told_image(self, cond, noised_embedding(self, embedding, noise_level, seed))
 
     @torch.inference_mode()
     def latent_of(self, image: Image.Image) -> Tensor:
@@ -267,6 +295,39 @@ class LatentDiffusion:
         cut = token_chunks(prompt, tower.tokens - 2, words, emphasis)[MAX_CHUNKS:]
         return text_of((token.id for chunk in cut for token in chunk), words)
 
+    @cached_property
+    def clip(self) -> CLIP:
+        """The whole CLIP of the file that this model came from, without adapters: pictures and texts as vectors.
+
+        Raises `LdmError` where the file has only CLIP's text tower, as SD's have, or where there is no file.
+        """
+        from ldm.pipeline.load_clip import load_clip
+
+        if self.origin.path is None:
+            raise LdmError("clip: this model came from no file; load one by load_clip(path)")
+        return load_clip(self.origin.path, device=self.device)
+
+    def classify(
+        self,
+        images: Sequence[bytes | str | Path | Image.Image],
+        labels: Sequence[str],
+        templates: Sequence[str] | None = None,
+    ) -> list[tuple[Match, ...]]:
+        """Which of the labels each picture shows: for each all of them, the best first; see `ldm.tasks.classify`.
+
+        templates: sentences with {} where the label goes, whose mean counts; None: some for drawings and photos.
+        """
+        from ldm.tasks.classify import TEMPLATES, classify
+
+        pictures = [read_picture(picture_bytes(image)) for image in images]
+        return classify(self.clip, pictures, labels, templates or TEMPLATES)
+
+    def score(self, images: Sequence[bytes | str | Path | Image.Image], texts: Sequence[str]) -> Scores:
+        """How well each picture fits each text: cosines and logits, (pictures, texts); see `ldm.tasks.score`."""
+        from ldm.tasks.score import score
+
+        return score(self.clip, [read_picture(picture_bytes(image)) for image in images], texts)
+
     def generate(self, request: str | GenerateRequest, **fields: Any) -> list[Picture]:
         """Draw pictures: a prompt and fields of `GenerateRequest`, or a request and changes to it.
 
@@ -296,10 +357,76 @@ class LatentDiffusion:
     def variations(
         self, request: str | GenerateRequest, image: bytes | str | Path | Image.Image, **fields: Any
     ) -> list[Picture]:
-        """Pictures like another one, by SD 2.1 unCLIP. `request` may be ""."""
+        """Pictures like another one, by SD 2.1 unCLIP or our decoder. `request` may be ""."""
         from ldm.tasks import draw
 
         return draw(self, request, fields | {"vary": picture_bytes(image)})
+
+    def invert(self, image: bytes | str | Path | Image.Image, **fields: Any) -> Inverted:
+        """A picture as the pair of an embedding and noise that DDIM gives it back from (Ramesh et al. 2022, section 3).
+
+        fields: of `GenerateRequest`: the size, the steps. Raises `LdmError` as `ldm.tasks.invert.inverting` does, like
+        the three below, which see for what they draw.
+        """
+        from ldm.tasks.frames import as_sequence
+        from ldm.tasks.invert import invert
+
+        return invert(self, picture_bytes(image), as_sequence("", fields))
+
+    def interpolate(
+        self,
+        first: bytes | str | Path | Image.Image,
+        second: bytes | str | Path | Image.Image,
+        request: str | GenerateRequest = "",
+        *,
+        frames: int = 9,
+        rows: Sequence[int | None] = (None,),
+        **fields: Any,
+    ) -> list[Picture]:
+        """Pictures on the way from one to another, row by row; see `ldm.tasks.interpolate`."""
+        from ldm.tasks import pictures_of
+        from ldm.tasks.frames import as_sequence
+        from ldm.tasks.interpolate import interpolate
+
+        ends = picture_bytes(first), picture_bytes(second)
+        return pictures_of(interpolate(self, ends, as_sequence(request, fields), frames=frames, rows=rows))
+
+    def textdiff(
+        self,
+        image: bytes | str | Path | Image.Image,
+        source: str,
+        target: str,
+        request: str | GenerateRequest = "",
+        *,
+        frames: int = 7,
+        theta: float = 0.5,
+        **fields: Any,
+    ) -> list[Picture]:
+        """A picture changed from what one caption says to what another does; see `ldm.tasks.textdiff`."""
+        from ldm.tasks import pictures_of
+        from ldm.tasks.frames import as_sequence
+        from ldm.tasks.textdiff import textdiff
+
+        asked = as_sequence(request, fields)
+        return pictures_of(textdiff(self, picture_bytes(image), asked, source, target, frames=frames, theta=theta))
+
+    def pca(
+        self,
+        images: Sequence[bytes | str | Path | Image.Image],
+        counts: Sequence[int | None],
+        request: str | GenerateRequest = "",
+        *,
+        components: Components | None = None,
+        inverted: bool = False,
+        **fields: Any,
+    ) -> list[Picture]:
+        """Each picture from the first principal components of what CLIP sees in it; see `ldm.tasks.pca`."""
+        from ldm.tasks import pictures_of
+        from ldm.tasks.frames import as_sequence
+        from ldm.tasks.pca import pca
+
+        given, asked = [picture_bytes(image) for image in images], as_sequence(request, fields)
+        return pictures_of(pca(self, given, asked, counts, components=components, inverted=inverted))
 
     def depth_to_image(
         self, request: str | GenerateRequest, depth: bytes | str | Path | Image.Image, **fields: Any

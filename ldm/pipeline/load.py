@@ -28,6 +28,7 @@ from ldm.weights.detect import Detection, detect
 from ldm.weights.find import locate, model_roots
 from ldm.weights.io import printable, some
 from ldm.weights.layout import FIRST_STAGE, TEXT, UNET, Comparison, Networks, build, compare
+from ldm.weights.part import is_part, rest_path, with_rest
 from ldm.weights.save import save_networks
 from ldm.weights.source import Source, open_source, with_part
 
@@ -42,6 +43,11 @@ MODEL_VARIABLE = "LDM_MODEL"
 SHIPPED = Path(__file__).parents[2] / "checkpoints" / "ldm-small.safetensors"
 """The model that comes with the repository, beside the package."""
 
+SHIPPED_DECODER = SHIPPED.with_name("ldm-decoder.safetensors")
+"""The decoder of CLIP image embeddings that does."""
+
+SHIPPED_COMPONENTS = SHIPPED.with_name("ldm-decoder-pca.safetensors")
+"""The principal components of such embeddings, by `ldm pca --write`."""
 
 PREFIXES: Mapping[PartKind, str] = {"unet": UNET, "vae": FIRST_STAGE, "text encoder": TEXT}
 """The parts that may come from files of their own, and where a checkpoint has them."""
@@ -77,6 +83,10 @@ def load(
     check_dtype(dtype, place)
     path, roots = shipped_model() if path is None else path, model_roots(models)
     source, rules = open_source(locate("checkpoint", path, roots), allow_pickle=allow_pickle), []
+    if is_part(source):
+        rest = rest_path(source, SHIPPED)
+        source = with_rest(source, open_source(rest))
+        rules.append(f"autoencoder and CLIP: from {printable(str(rest))}, with which it was trained")
     others: list[OtherPart] = []
     for kind, given in _parts(unet, vae, text_encoder):
         part = open_source(locate(kind, given, roots), allow_pickle=allow_pickle)
@@ -105,6 +115,7 @@ def load(
         text=networks.text,
         image=networks.image,
         augmentor=networks.augmentor,
+        image_tokens=networks.image_tokens,
         device=place,
         dtype=precision.unet,
         origin=Origin(
@@ -143,6 +154,18 @@ def shipped_model() -> Path:
     return SHIPPED
 
 
+def shipped_decoder() -> Path:
+    """The path of the model that is told pictures where none is named. Raises LdmError where it is not there."""
+    if os.environ.get(MODEL_VARIABLE):
+        return shipped_model()
+    if not SHIPPED_DECODER.exists():
+        raise LdmError(
+            f"{printable(str(SHIPPED_DECODER))}: the decoder that ships with this package is missing; get it from the"
+            f" repository (checkpoints/), or name it or an SD 2.1 unCLIP checkpoint by --model"
+        )
+    return SHIPPED_DECODER
+
+
 def save_checkpoint(
     model: LatentDiffusion,
     path: str | Path,
@@ -154,7 +177,9 @@ def save_checkpoint(
 ) -> None:
     """Write a model as one .safetensors file that `load` and other programs read; see `save_networks`."""
     towers = cast("tuple[OpenCLIPText | CLIPText, ...]", model.text)
-    networks = Networks(model.config, model.unet, model.autoencoder, towers, model.image, model.augmentor)
+    networks = Networks(
+        model.config, model.unet, model.autoencoder, towers, model.image, model.augmentor, model.image_tokens
+    )
     save_networks(path, networks, title=title, dtype=dtype, metadata=metadata, extra=extra)
 
 
@@ -171,7 +196,7 @@ def random_system(config: SystemConfig, seed: int = 0, *, dtype: torch.dtype = t
         network.eval().requires_grad_(False)
     return LatentDiffusion(
         config, networks.unet, networks.autoencoder, networks.text, torch.device("cpu"), dtype,
-        image=networks.image, augmentor=networks.augmentor,
+        image=networks.image, augmentor=networks.augmentor, image_tokens=networks.image_tokens,
     )  # fmt: skip
 
 

@@ -38,6 +38,7 @@ MAX_COMFY_BATCH = 64
 NEEDS: dict[str, tuple[str, ...]] = {
     "mask_invert": ("mask",), "mask_soft": ("mask",), "only_masked": ("mask",), "mask_padding": ("only_masked",),
     "mask_blur": ("mask", "extend"), "mask_fill": ("mask", "extend"), "vary_noise": ("vary",),
+    "vary_inverted": ("vary",),
 }  # fmt: skip
 """Fields that mean nothing but together with one of others: a fault where they are changed without."""
 
@@ -175,8 +176,10 @@ class GenerateRequest(Record):
         extend:           (left, top, right, bottom) pixels by which `image` is continued beyond its edges; it starts
                           from its mirror image, into which the drawn fades over `mask_blur` pixels
         depth:            a depth map, near is white, for a model that takes one; 8 or 16 bit
-        vary:             a picture whose content is varied, for a model that takes one (SD 2.1 unCLIP)
+        vary:             a picture whose content is varied, for a model that takes one (our decoder, SD 2.1 unCLIP)
         vary_noise:       0..999, how freely
+        vary_inverted:    begin in the picture's own noise, found by running ddim backwards: with eta 0 and guidance 1
+                          it is given back, and with eta up to 1 it varies the more
         upscale_noise:    0..350, how much noise the x4 upscaler puts over `image` before it looks at it
         controls:         pictures that the result is held to by control networks; several add up
 
@@ -235,6 +238,7 @@ class GenerateRequest(Record):
     depth: PictureBytes | None = None
     vary: PictureBytes | None = None
     vary_noise: Annotated[int, Field(ge=0, le=999, description="a whole number from 0 to 999")] = 0
+    vary_inverted: bool = False
     upscale_noise: Annotated[int, Field(ge=0, le=350, description="a whole number from 0 to 350")] = 20
     controls: Annotated[
         tuple[Control, ...],
@@ -276,6 +280,8 @@ class GenerateRequest(Record):
             raise LdmError(
                 f"guidance_start: found {self.guidance_start:g}, expected less than guidance_end, {self.guidance_end:g}"
             )
+        if self.vary_inverted and self.sampler != "ddim":
+            raise LdmError(f"vary_inverted: found with sampler {self.sampler}, expected ddim, which is run backwards")
         if self.apg is not None and self.rescale:
             raise LdmError("rescale: found together with apg, expected one of them; set rescale to 0")
         self._check_seeds()

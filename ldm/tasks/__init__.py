@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.request import GenerateRequest, as_request
 from ldm.pipeline.sample import Picture, Progress
 from ldm.tasks.depth2img import depth2img
+from ldm.tasks.eta_variations import eta_variations
 from ldm.tasks.img2img import img2img
 from ldm.tasks.inpaint import inpaint
 from ldm.tasks.outpaint import outpaint
@@ -24,7 +25,7 @@ def run(model: LatentDiffusion, request: GenerateRequest) -> Iterator[Progress |
     if request.image is not None and is_upscaler(model):
         return upscale(model, request)
     if request.vary is not None:
-        return variations(model, request)
+        return (eta_variations if request.vary_inverted else variations)(model, request)
     if request.depth is not None:
         return depth2img(model, request)
     if request.extend is not None:
@@ -38,4 +39,9 @@ def draw(
     model: LatentDiffusion, request: str | GenerateRequest, fields: dict[str, Any], task: Task = run
 ) -> list[Picture]:
     """All pictures of a prompt with fields, or of a request with changes."""
-    return [event for event in task(model, as_request(request, fields)) if isinstance(event, Picture)]
+    return pictures_of(task(model, as_request(request, fields)))
+
+
+def pictures_of(events: Iterable[Progress | Picture]) -> list[Picture]:
+    """What a task drew, without its steps."""
+    return [event for event in events if isinstance(event, Picture)]

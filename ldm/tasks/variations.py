@@ -1,4 +1,4 @@
-"""Variations of a picture, by a model that is told what CLIP sees in it: Stable Diffusion 2.1 unCLIP.
+"""Variations of a picture, by a model that is told what CLIP sees in it: Stable Diffusion 2.1 unCLIP, or our decoder.
 
 Ramesh et al. 2022. The embedding is noised, so that what is drawn keeps less of the picture the higher the level.
 """
@@ -6,13 +6,14 @@ Ramesh et al. 2022. The embedding is noised, so that what is drawn keeps less of
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from ldm.diffusion.guidance import Told
 from ldm.errors import LdmError
 from ldm.pipeline.latent_diffusion import LatentDiffusion
+from ldm.pipeline.prepare import Tell
 from ldm.pipeline.request import GenerateRequest
 from ldm.pipeline.sample import Picture, Progress
 from ldm.tasks.common import ToldOver, one_by_one, other_seed, refuse
@@ -30,17 +31,17 @@ def variations(model: LatentDiffusion, request: GenerateRequest) -> Iterator[Pro
     if request.vary is None:
         raise LdmError("vary: found none, expected a picture to vary; give vary, as `ldm variations` does")
     refuse(request, ("mask", "extend", "depth"), "vary")
-    picture, level = request.vary, request.vary_noise
+    embedding, level = model.image_embedding(request.vary), request.vary_noise
 
     def tell(told: ToldOver, one: GenerateRequest) -> ToldOver:
-        vector = model.encode_image(picture, noise_level=level, seed=other_seed(one))
-        return [(sigma, _seen(now, vector)) for sigma, now in told]
+        see = partial(model.tell_image, embedding=embedding, noise_level=level, seed=other_seed(one))
+        return [(sigma, _seen(now, see)) for sigma, now in told]
 
     job = (txt2img_job if request.image is None else img2img_job)(model, request)
     yield from one_by_one(model, job, tell)
 
 
-def _seen(told: Told, vector: Tensor) -> Told:
-    """The wanted side is told the picture's vector (1, 2 P); the negative one keeps the zeros it has."""
-    parts = tuple((cond.with_(vector=vector), weight) for cond, weight in told.parts)
+def _seen(told: Told, see: Tell) -> Told:
+    """The wanted side is told the picture; the negative one keeps the zeros it has."""
+    parts = tuple((see(cond), weight) for cond, weight in told.parts)
     return Told(parts, told.uncond)

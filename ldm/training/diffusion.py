@@ -1,6 +1,7 @@
 """The objective of the denoising network: see a noised latent and its caption, say what the noise was.
 
-Ho et al. 2020, eq. 14; Salimans & Ho 2022 (v); Hang et al. 2023 (min-SNR); Ho & Salimans 2022 (dropped captions).
+Ho et al. 2020, eq. 14; Salimans & Ho 2022 (v); Hang et al. 2023 (a bounded SNR weight); Ho & Salimans 2022 (dropped
+captions).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.loss import min_snr_weight, timestep_density
+from ldm.diffusion.loss import snr_weight, timestep_density
 from ldm.diffusion.prediction import PredictionType, training_target
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.state import noised
@@ -77,7 +78,10 @@ class DiffusionObjective(Objective):
         self.held_out, self.drop, self.gamma, self.preview = list(held_out), drop, gamma, preview
 
     def batch(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """latents and noise (B, C, h, w), timestep and its density (B,), text states (B, N, D) and pooled (B, P)."""
+        """latents and noise (B, C, h, w), timestep and its density (B,), text states (B, N, D) and pooled (B, P).
+
+        And which pictures they are, and whether mirrored, both (B,).
+        """
         chosen = torch.searchsorted(self.cumulative, torch.rand(count, generator=generator).double())
         chosen = chosen.clamp(max=len(self.data) - 1).tolist()
         return self._rows(chosen, self.density, generator, self.drop)
@@ -88,9 +92,10 @@ class DiffusionObjective(Objective):
         data = self.data
         timestep = torch.multinomial(density, len(chosen), replacement=True, generator=generator)
         draw = torch.rand(len(chosen), 3, generator=generator).tolist()
-        latents, rows = [], []
+        latents, mirrored, rows = [], [], []
         for i, (mirror, caption, leave_out) in zip(chosen, draw, strict=True):
-            latents.append(data.latents[i, ..., ::-1] if data.flips[i] and mirror < 0.5 else data.latents[i])
+            mirrored.append(bool(data.flips[i]) and mirror < 0.5)
+            latents.append(data.latents[i, ..., ::-1] if mirrored[-1] else data.latents[i])
             first, last = data.first[i], data.first[i + 1]
             rows.append(NO_CAPTION if leave_out < drop else first + int(caption * (last - first)))
         x0 = torch.from_numpy(np.stack(latents)).float()
@@ -101,6 +106,8 @@ class DiffusionObjective(Objective):
             "density": density[timestep].float(),
             "states": data.whitening.states(_rows_of(data.states, rows)),
             "pooled": data.whitening.pooled(_rows_of(data.pooled, rows)),
+            "pictures": torch.tensor(chosen),
+            "mirrored": torch.tensor(mirrored),
         }
 
     def compile(self) -> None:
@@ -120,21 +127,24 @@ class DiffusionObjective(Objective):
         output, _ = self.denoiser.output(noised(x0, noise, sigma), sigma, cond)
         target = training_target(self.prediction, x0, noise, sigma)
         error = (output.float() - target).square().flatten(1).mean(dim=1)
-        weight = min_snr_weight(sigma, self.prediction, self.gamma).to(error)
+        weight = snr_weight(sigma, self.prediction, self.gamma).to(error)
         return error * weight / batch["density"]
 
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:
         """The loss on held-out pictures with noise that is the same every time, and whatever `preview` draws."""
-        generator = torch.Generator().manual_seed(1)
-        device = next(self.unet.parameters()).device
-        even = torch.ones(len(self.schedule), dtype=torch.float64)
-        batches = [
-            self._rows(self.held_out[a : a + 64], even, generator, drop=0.0) for a in range(0, len(self.held_out), 64)
-        ]
-        losses = [self.loss({name: t.to(device) for name, t in batch.items()}) for batch in batches]
+        losses = [self.loss(batch) for batch in self.held_out_batches()]
         if self.preview is not None:
             self.preview(self.unet, folder / f"samples-{step:06d}.png")
         return {"held_out": float(torch.cat(losses).mean())}
+
+    def held_out_batches(self) -> list[dict[str, Tensor]]:
+        """All held-out pictures with their captions, at levels and with noise that are the same every time."""
+        generator = torch.Generator().manual_seed(1)
+        device = next(self.unet.parameters()).device
+        even = torch.ones(len(self.schedule), dtype=torch.float64)
+        chosen = [self.held_out[a : a + 64] for a in range(0, len(self.held_out), 64)]
+        batches = [self._rows(part, even, generator, drop=0.0) for part in chosen]
+        return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
 
 
 def _rows_of(array: np.ndarray, rows: Sequence[int]) -> Tensor:

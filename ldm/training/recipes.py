@@ -5,6 +5,9 @@
     small-latents       both, over all pictures and captions, once
     small-unet          the denoising network
     small-assemble      one checkpoint of all of them
+    small-decoder       the network again, told CLIP image embeddings besides: a file of its own
+    small-prior         captions -> CLIP image embeddings, by diffusion: a file of its own
+    small-prior-ar      the same code by code
 
 The same stages with "gpu-" in front learn at 256 x 256 and in large batches.
 """
@@ -43,7 +46,7 @@ def run(name: str, output: Path | None = None, *, pictures: Path = Path("runs/da
     if steps is not None and recipe.loop is None:
         raise LdmError(f"steps: {name} is no training loop; leave it out")
     loop = recipe.loop if recipe.loop is None or steps is None else replace(recipe.loop, steps=steps)
-    family = name.rsplit("-", 1)[0]
+    family = name.split("-", 1)[0]
     recipe.run(Workspace(pictures, output or Path("runs") / family, small(recipe.size)), loop)
 
 
@@ -82,8 +85,41 @@ SMALL = {
         save_every=500,
         evaluate_every=2000,
     ),
+    "decoder": LoopConfig(
+        steps=6_000,
+        batch=64,
+        rate=5e-4,
+        warmup=200,
+        cooldown=2_000,
+        ema=0.9995,
+        compile=True,
+        save_every=500,
+        evaluate_every=1000,
+    ),
+    "prior": LoopConfig(
+        steps=3_000,
+        batch=256,
+        rate=7e-4,
+        warmup=150,
+        schedule="cosine",
+        ema=0.998,
+        weight_decay=0.06,
+        save_every=250,
+        evaluate_every=500,
+    ),
+    "prior-ar": LoopConfig(
+        steps=2_000,
+        batch=128,
+        rate=7e-4,
+        warmup=150,
+        schedule="cosine",
+        ema=0.998,
+        weight_decay=0.06,
+        save_every=250,
+        evaluate_every=500,
+    ),
 }
-"""For two CPU cores that do nothing else: about twenty minutes, ten minutes and six hours."""
+"""For two CPU cores that do nothing else: about twenty minutes, ten minutes, six hours and one more for the decoder."""
 
 GPU = {
     "autoencoder": LoopConfig(
@@ -121,6 +157,39 @@ GPU = {
         save_every=2000,
         evaluate_every=2000,
     ),
+    "decoder": LoopConfig(
+        steps=20_000,
+        batch=256,
+        rate=5e-4,
+        warmup=500,
+        cooldown=6_000,
+        ema=0.9998,
+        compile=True,
+        save_every=2000,
+        evaluate_every=2000,
+    ),
+    "prior": LoopConfig(
+        steps=15_000,
+        batch=1024,
+        rate=7e-4,
+        warmup=500,
+        schedule="cosine",
+        ema=0.9995,
+        weight_decay=0.06,
+        save_every=1000,
+        evaluate_every=1000,
+    ),
+    "prior-ar": LoopConfig(
+        steps=15_000,
+        batch=512,
+        rate=7e-4,
+        warmup=500,
+        schedule="cosine",
+        ema=0.9995,
+        weight_decay=0.06,
+        save_every=1000,
+        evaluate_every=1000,
+    ),
 }
 """For one GPU, at 256 x 256. Not yet run."""
 
@@ -132,6 +201,9 @@ def _family(name: str, size: int, loops: dict[str, LoopConfig]) -> dict[str, Rec
         "latents": ("encode all pictures and captions once", stages.encode_all),
         "unet": ("the denoising network", stages.train_unet),
         "assemble": ("write one checkpoint", stages.assemble),
+        "decoder": ("the denoising network, told CLIP image embeddings too", stages.train_decoder),
+        "prior": ("the prior: captions to CLIP image embeddings", stages.train_prior),
+        "prior-ar": ("the autoregressive prior, code by code", stages.train_prior_ar),
     }
     return {
         f"{name}-{stage}": Recipe(summary, function, loops.get(stage), size)

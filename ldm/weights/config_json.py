@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ldm.errors import LdmError
-from ldm.models.presets import SystemConfig
+from ldm.models.presets import ImageUse, SystemConfig
 from ldm.models.unet import UNetConfig
 
 CONFIG_KEY = "ldm.config"
@@ -29,14 +30,20 @@ def config_to_json(config: SystemConfig) -> str:
 
 def config_from_json(text: str) -> SystemConfig:
     """The inverse. Fields that are absent take their defaults. Raises LdmError that names the field."""
+    return record_from_json(SystemConfig, text, CONFIG_KEY, check_config)
+
+
+def record_from_json(kind: type[Record], text: str, key: str, check: Callable[[Record], None]) -> Record:
+    """A frozen dataclass from the JSON under a metadata key. Raises LdmError that names the field.
+
+    check: what types cannot say; it raises ValueError.
+    """
     try:
-        config = _record(SystemConfig, json.loads(text), CONFIG_KEY)
-        check_config(config)
+        record = _record(kind, json.loads(text), key)
+        check(record)
     except (ValueError, RecursionError) as error:
-        raise LdmError(
-            f"metadata {CONFIG_KEY} is broken: {error}; load the file with the version that wrote it"
-        ) from None
-    return config
+        raise LdmError(f"metadata {key} is broken: {error}; load the file with the version that wrote it") from None
+    return record
 
 
 def _record(kind: type[Record], value: Any, where: str) -> Record:
@@ -89,6 +96,8 @@ def check_config(config: SystemConfig) -> None:
     if not 0 <= config.unet.dropout < 1:
         raise ValueError("unet.dropout is not in [0, 1)")
     _check_heads(config.unet)
+    if config.image is not None:
+        _check_image_use(config, config.image)
     for image in (config.image and config.image.tower, config.clip_image):
         if image is None:
             continue
@@ -104,6 +113,16 @@ def check_config(config: SystemConfig) -> None:
             raise ValueError(f"{tower.heads} heads do not divide a text width of {tower.width}")
         if not 0 <= use.skip < tower.layers or not 0 <= use.padding < tower.vocabulary:
             raise ValueError("text skip or padding is out of range")
+
+
+def _check_image_use(config: SystemConfig, image: ImageUse) -> None:
+    """The U-Net must have room for the embedding behind what the text gives. Raises ValueError."""
+    pooled = sum(use.tower.projection or use.tower.width for use in config.text if use.pooled)
+    vector = pooled + 2 * image.tower.projection + 256 * config.sizes_in_vector
+    if config.unet.vector_width != vector:
+        raise ValueError(f"unet.vector_width is {config.unet.vector_width}, text and image give {vector}")
+    if not 0 <= image.tokens <= 64 or (image.tokens and config.unet.context_width is None):
+        raise ValueError(f"image.tokens is {image.tokens}, expected 0..64, and 0 where the U-Net takes no text")
 
 
 def _check_heads(unet: UNetConfig) -> None:

@@ -28,7 +28,7 @@ from ldm.weights.architecture import (
 )
 from ldm.weights.config_json import CONFIG_KEY, check_config, config_from_json
 from ldm.weights.io import printable
-from ldm.weights.layout import AUGMENTOR, FIRST_STAGE, IMAGE, UNET, text_prefix
+from ldm.weights.layout import AUGMENTOR, FIRST_STAGE, IMAGE, UNET, image_prefix, text_prefix
 from ldm.weights.prediction import Decision, decide
 from ldm.weights.source import Source
 
@@ -164,8 +164,9 @@ def _config_of_ours(source: Source) -> SystemConfig:
         _agree(f"text[{index}].tower", told, replace(tower, heads=told.heads, activation=told.activation))
     if config.image is not None:
         told = config.image.tower
-        image = _read(image_config, source.shapes, IMAGE)
-        _agree("image.tower", told, replace(image, heads=told.heads, activation=told.activation))
+        image = _read(image_config, source.shapes, image_prefix(config))
+        shown = {"mean": told.mean, "deviation": told.deviation, "resample": told.resample}
+        _agree("image.tower", told, replace(image, heads=told.heads, activation=told.activation, **shown))
     return config
 
 

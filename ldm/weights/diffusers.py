@@ -104,7 +104,7 @@ def renamed_component(raw: Source, prefix: str) -> Source:
     """
     try:
         names = _names_of(raw, prefix)
-        ours = _joined(raw, {prefix + name: piece for name, piece in names.items()})
+        ours = joined_source(raw, {prefix + name: piece for name, piece in names.items()})
     except LdmError as error:
         raise LdmError(f"{printable(str(raw.path))}: {error}") from None
     used = {theirs for piece in names.values() for theirs in piece.names}
@@ -125,7 +125,7 @@ def _names_of(raw: Source, prefix: str) -> Names:
     return {name: piece for name, piece in names.items() if all(theirs in raw.tensors for theirs in piece.names)}
 
 
-def _joined(raw: Source, names: Names) -> Source:
+def joined_source(raw: Source, names: Names) -> Source:
     """The tensors that pieces of others are joined to, each as soon as its last piece is read."""
     owner = {theirs: ours for ours, piece in names.items() for theirs in piece.names}
 

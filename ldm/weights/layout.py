@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ldm.errors import LdmError
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.image_conditioner import ImageTokens
 from ldm.models.image_encoder import ImageTower
 from ldm.models.noise_augmentor import NoiseAugmentor
 from ldm.models.presets import SystemConfig
@@ -33,6 +34,8 @@ TEXT = "cond_stage_model."
 IMAGE = "embedder.model.visual."
 AUGMENTOR = "noise_augmentor."
 """Where SD 2.1 unCLIP keeps its image tower, and the statistics of image embeddings."""
+IMAGE_TOKENS = "image_tokens."
+"""Where our decoder keeps the map from image embeddings to tokens."""
 CLIP = "cond_stage_model.model."
 """Where our own file keeps all of its CLIP: the text tower, `visual.*` and `logit_scale`, in open_clip's names."""
 
@@ -79,7 +82,10 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class Networks:
-    """All networks of a system. text: a tower for each entry of `config.text`; image, augmentor: for `config.image`."""
+    """All networks of a system.
+
+    text: a tower for each entry of `config.text`; image, augmentor, image_tokens: for `config.image`.
+    """
 
     config: SystemConfig
     unet: UNet
@@ -87,13 +93,16 @@ class Networks:
     text: tuple[OpenCLIPText | CLIPText, ...]
     image: ImageTower | None = None
     augmentor: NoiseAugmentor | None = None
+    image_tokens: ImageTokens | None = None
 
     def by_prefix(self) -> dict[str, nn.Module]:
         """Where each network's tensors lie in a file -> the network."""
         towers = {text_prefix(self.config, index): tower for index, tower in enumerate(self.text)}
         networks = {UNET: self.unet, FIRST_STAGE: self.autoencoder, **towers}
         if self.image is not None and self.augmentor is not None:
-            networks |= {IMAGE: self.image, AUGMENTOR: self.augmentor}
+            networks |= {image_prefix(self.config): self.image, AUGMENTOR: self.augmentor}
+        if self.image_tokens is not None:
+            networks[IMAGE_TOKENS] = self.image_tokens
         return networks
 
 
@@ -105,6 +114,11 @@ def text_prefix(config: SystemConfig, index: int) -> str:
     return f"cond_stage_model.{tower}"
 
 
+def image_prefix(config: SystemConfig) -> str:
+    """Where the image tower lies whose embeddings the U-Net is told: in our own files beside CLIP's text tower."""
+    return f"{CLIP}visual." if config.family == "ldm" else IMAGE
+
+
 def build(config: SystemConfig) -> Networks:
     """The system's networks on `meta`, without weights. Raises LdmError where a width cannot be built."""
     try:
@@ -113,8 +127,10 @@ def build(config: SystemConfig) -> Networks:
             networks = Networks(config, UNet(config.unet), AutoencoderKL(config.autoencoder), text)
             if (use := config.image) is None:
                 return networks
-            augmentor = NoiseAugmentor(use.tower.projection, use.statistics)
-            return replace(networks, image=ImageTower(use.tower), augmentor=augmentor)
+            width = use.tower.projection
+            augmentor = NoiseAugmentor(width, use.statistics)
+            tokens = ImageTokens(width, use.tokens, config.unet.context_width or 0) if use.tokens else None
+            return replace(networks, image=ImageTower(use.tower), augmentor=augmentor, image_tokens=tokens)
     except ValueError as error:
         raise LdmError(f"its networks cannot be built: {error}") from None
 

@@ -91,7 +91,9 @@ def open_source(path: str | Path, *, allow_pickle: bool = False) -> Source:
         from ldm.weights.diffusers import read_folder  # which builds on this module
 
         return read_folder(path, allow_pickle=allow_pickle)
-    return canonical_source(raw_source(path, allow_pickle=allow_pickle))
+    from ldm.weights.scaled import unscaled  # which builds on this module
+
+    return canonical_source(unscaled(raw_source(path, allow_pickle=allow_pickle)))
 
 
 def canonical_source(raw: Source) -> Source:
@@ -152,12 +154,6 @@ def with_part(source: Source, prefix: str, other: Source) -> Source:
     part = renamed_source(other, names)
     homes = tuple(_homes(part).values()) if prefix == TEXT else (prefix,)
     kept = {name: info for name, info in source.tensors.items() if not name.startswith(homes)}
-
-    def read(wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        wanted = list(wanted)
-        yield from source.read(name for name in wanted if name in kept)
-        yield from part.read(name for name in wanted if name not in kept)
-
     towers = {f"text.{_index(home)}" for home in homes if prefix == TEXT}
     facts = {
         key: value
@@ -167,7 +163,18 @@ def with_part(source: Source, prefix: str, other: Source) -> Source:
     for key, value in other.facts.items():
         if FACTS.get(key.split(".")[0], UNET) == prefix:
             facts[_moved(key, homes)] = value
-    return replace(source, tensors=kept | dict(part.tensors), read=read, facts=facts)
+    return replace(with_tensors(replace(source, tensors=kept), part), facts=facts)
+
+
+def with_tensors(source: Source, other: Source) -> Source:
+    """All tensors of `other`, and those of `source` that have names of their own."""
+
+    def read(wanted: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        wanted = list(wanted)
+        yield from source.read(name for name in wanted if name not in other.tensors)
+        yield from other.read(name for name in wanted if name in other.tensors)
+
+    return replace(source, tensors={**source.tensors, **other.tensors}, read=read)
 
 
 FACTS = {"text": TEXT, "scale_factor": FIRST_STAGE}

@@ -101,6 +101,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "upscale --image in.png --noise 40": {"prompt": "", "image": "in.png", "upscale_noise": 40, "strength": None},
     "variations --image in.png": {"prompt": "", "vary": "in.png", "vary_noise": 0, "image": None},
     "variations x --image in.png --noise 300": {"prompt": "x", "vary_noise": 300},
+    "variations --image in.png --inverted --eta 0.3": {"vary_inverted": True, "sampler": "ddim", "eta": 0.3},
     "depth2img x --image in.png --depth mask.png": {"image": "in.png", "depth": "mask.png", "strength": 0.75},
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from open_clip import get_model_config
 from ldm.diffusion.schedule import NOISE_SCHEDULES
 from ldm.models import presets
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.image_conditioner import ImageTokens
 from ldm.models.image_encoder import ImageTower
 from ldm.models.noise_augmentor import NoiseAugmentor
 from ldm.models.presets import CLIP_L, OPENCLIP_BIGG, OPENCLIP_H, SystemConfig, TextUse, tiny
@@ -25,7 +26,7 @@ from ldm.types import Conditioning
 PRESETS = {
     name: function
     for name, function in inspect.getmembers(presets, inspect.isfunction)
-    if function.__module__ == presets.__name__ and name != "tiny" and not name.startswith("_")
+    if function.__module__ == presets.__name__ and name not in ("tiny", "decoder_of") and not name.startswith("_")
 }
 """All of them, so that a new one is tested as soon as it exists."""
 
@@ -53,8 +54,12 @@ def forward(config: SystemConfig, device: str) -> dict[str, torch.Tensor]:
             embedding = ImageTower(tower).eval()(torch.zeros(1, 3, tower.size, tower.size))
             zero, one = torch.zeros(1), torch.ones(1)
             vector = NoiseAugmentor(tower.projection, config.image.statistics)(embedding, embedding, zero, one, zero)
+            if config.image.tokens:
+                tokens = ImageTokens(tower.projection, config.image.tokens, config.unet.context_width or 0)(vector)
+                states = [torch.cat([*states, tokens], dim=1)]
         if pooled:
-            vector = torch.cat([*pooled, torch.zeros(1, 256 * config.sizes_in_vector)], dim=1)
+            rest = torch.zeros(1, 256 * config.sizes_in_vector) if vector is None else vector
+            vector = torch.cat([*pooled, rest], dim=1)
         latents = autoencoder.encode(torch.zeros(1, 3, config.size, config.size))
         extra = config.unet.in_channels - latents.shape[1]
         concat = torch.zeros(1, extra, *latents.shape[2:]) if extra else None

@@ -17,13 +17,14 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ldm.diffusion.noise import start_noise
 from ldm.errors import LdmError
-from ldm.models.presets import sd1, sd2_unclip, tiny
+from ldm.models.presets import sd1, sd2_unclip, small_decoder, tiny
+from ldm.models.tokenizer import tokenize
+from ldm.pipeline.clip import clip_pixels
 from ldm.pipeline.images import picture_bytes
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import random_system
 from ldm.pipeline.request import GenerateRequest, HighRes
 from ldm.pipeline.sample import Picture, Progress
-from ldm.pipeline.clip import clip_pixels
 from ldm.tasks import run
 from ldm.tasks.common import other_seed
 from ldm.types import Conditioning
@@ -172,3 +173,80 @@ def test_what_is_refused(model):
     with pytest.raises(LdmError, match="mask: found together with vary"):
         list(run(model, asking(image=picture_bytes(picture()), mask=picture_bytes(picture()))))
     assert len(model.variations("", Image.new("RGB", (1, 1)), steps=1)) == 1
+
+
+@pytest.fixture(scope="module")
+def decoder() -> LatentDiffusion:
+    model = random_system(tiny(small_decoder()))
+    assert model.augmentor is not None
+    model.augmentor.data_mean, model.augmentor.data_std = torch.full((1, 32), 0.3), torch.linspace(0.5, 2, 32)[None]
+    return model
+
+
+class TestDecoder:
+    """Our own: the same path, with the pooled text in front and tokens behind the text's."""
+
+    def test_it_is_told_what_the_paper_says(self, decoder):
+        """Vector and tokens, each worked out from the formulas, on both sides of guidance."""
+        told: list[Conditioning] = []
+
+        def watching(x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+            told.append(cond)
+            return decoder.unet(x, timestep, cond)
+
+        request = asking(prompt="a pear", negative="blurry", steps=1, vary_noise=700)
+        list(run(replace(decoder, unet=watching), request))  # pyright: ignore[reportArgumentType]
+        cond = told[0]
+        tower = decoder.image(clip_pixels(picture(), decoder.image.config))
+        unit = (tower / tower.norm() * 32**0.5 - 0.3) / torch.linspace(0.5, 2, 32)
+        alpha = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod[700]
+        noise = torch.randn(1, 32, generator=torch.Generator().manual_seed(other_seed(asking())))
+        noised = (alpha.sqrt() * unit + (1 - alpha).sqrt() * noise) * torch.linspace(0.5, 2, 32) + 0.3
+        angles = 700 * torch.exp(-torch.arange(16) * np.log(10_000) / 16)
+        seen = torch.cat([noised[0], angles.cos(), angles.sin()])
+        for row, text, wanted in ((0, "a pear", seen), (1, "blurry", torch.zeros(64))):
+            words = decoder.text[0](torch.tensor([tokenize(text)]), 1, True, pooled=True)
+            assert cond.vector is not None and cond.cross is not None
+            tokens = (decoder.image_tokens.proj.weight @ wanted + decoder.image_tokens.proj.bias).reshape(4, 32)
+            torch.testing.assert_close(cond.vector[row], torch.cat([words.pooled[0], wanted]), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(cond.cross[row], torch.cat([words.states[0], tokens]), rtol=1e-4, atol=1e-4)
+
+    def test_what_is_told_last_counts(self, decoder):
+        text = decoder.encode_prompt("a pear, " * 30)  # two chunks
+        one, other = (torch.randn(1, 32, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+        again = decoder.tell_image(decoder.tell_image(text, one, noise_level=500), other, seed=3)
+        once = decoder.tell_image(text, other, seed=3)
+        assert torch.equal(again.vector, once.vector) and torch.equal(again.cross, once.cross)
+        assert once.cross.shape == (1, 2 * 77 + 4, 32) and torch.equal(once.cross[:, :-4], text.cross[:, :-4])
+        assert torch.equal(once.vector[:, :32], text.vector[:, :32]) and not torch.equal(once.vector, text.vector)
+
+    def test_several_embeddings_at_once(self, decoder):
+        text, several = decoder.encode_prompt(""), torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+        told = decoder.tell_image(Conditioning.stack([text] * 3), several)
+        alone = decoder.tell_image(text, several[:1])
+        assert torch.equal(told.vector[:1, 32:64], alone.vector[:, 32:64]), "the first row's noise is the same"
+        assert told.cross.shape == (3, 81, 32)
+
+    def test_an_embedding_has_length_sqrt_p(self, decoder, model):
+        assert float(decoder.image_embedding(picture()).norm()) == pytest.approx(32**0.5, rel=1e-6)
+        pixels = clip_pixels(picture(), model.image.config)
+        assert torch.equal(model.image_embedding(picture()), model.image(pixels)), "SD 2.1 unCLIP: as it is"
+
+    def test_it_draws_from_the_picture_or_from_the_text_alone(self, decoder):
+        other = Image.new("RGB", (40, 40), "red")
+        drawn = [final_latents(decoder, asking(vary=picture_bytes(p))) for p in (picture(), other)]
+        alone = final_latents(decoder, asking(vary=None))
+        assert not torch.allclose(drawn[0], drawn[1], atol=1e-3) and not torch.allclose(drawn[0], alone, atol=1e-3)
+        (drawn_alone,) = decoder.generate("a pear", steps=1)
+        assert drawn_alone.notes == ("this model varies pictures; it was given none, and draws from the text alone",)
+
+    def test_what_is_refused(self, decoder):
+        text = decoder.encode_prompt("")
+        with pytest.raises(LdmError, match=r"takes no picture to vary, expected .* this package's decoder"):
+            random_system(tiny(sd1())).image_embedding(picture())
+        with pytest.raises(LdmError, match=r"embedding: found \(1, 33\), expected \(1, 32\)"):
+            decoder.tell_image(text, torch.zeros(1, 33))
+        with pytest.raises(LdmError, match="embedding: found numbers that are not finite"):
+            decoder.tell_image(text, torch.full((1, 32), torch.nan))
+        with pytest.raises(LdmError, match="noise level: found 1000, expected 0 to 999"):
+            decoder.tell_image(text, torch.zeros(1, 32), noise_level=1000)

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from ldm.data.packed import write_packed
+from ldm.data.packed import open_packed, write_packed
 from ldm.data.records import KIND_SHARES
 from ldm.errors import LdmError
-from ldm.models.presets import SystemConfig, small, tiny
+from ldm.models.presets import SystemConfig, decoder_of, small, tiny
 from ldm.pipeline.load import load
 from ldm.training import recipes, stages
 from ldm.training.loop import LoopConfig
@@ -58,6 +59,19 @@ def test_every_stage_makes_what_the_next_one_needs(work: Workspace) -> None:
     latents = np.load(work.stage("latents") / "latents.npy")
     assert latents.std() == pytest.approx(1.0, abs=0.2)
     assert (work.stage("unet") / "samples-000002.png").exists()
+
+
+def test_the_decoder_goes_on_from_there(work: Workspace) -> None:
+    stages.train_decoder(work, LOOP)
+    decoder = load(work.runs / stages.DECODER, device="cpu", dtype="float32")
+    assert decoder.config == decoder_of(work.config)
+    pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    (drawn,) = decoder.variations("", Image.fromarray(pixels), seed=1, steps=2)
+    assert drawn.image.size == (SIZE, SIZE)
+    assert (work.stage("decoder") / "samples-000002.png").exists()
+    seen = np.load(work.stage("latents") / "embeddings.npy")
+    ours = decoder.image_embedding(Image.fromarray(open_packed(work.pictures, SIZE)[0][3]))
+    np.testing.assert_allclose(seen[3, 0], ours[0].numpy(), atol=0.05)
 
 
 def test_resuming_a_finished_stage_takes_no_step(work: Workspace) -> None:

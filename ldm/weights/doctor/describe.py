@@ -18,7 +18,7 @@ import torch
 
 from ldm.errors import LdmError
 from ldm.weights.doctor.findings import family_of_pickle, find_out
-from ldm.weights.doctor.kinds import ADAPTER, EMBEDDING, kind_of_file, readers
+from ldm.weights.doctor.kinds import ADAPTER, EMBEDDING, PART, kind_of_file, readers
 from ldm.weights.doctor.pickle_scan import scan_pickle
 from ldm.weights.doctor.remedies import remedies
 from ldm.weights.doctor.report import FileReport, Finding, FolderEntry, Hashes, Numbers, PartReport, PickleReport
@@ -27,11 +27,14 @@ from ldm.weights.embedding_pictures import PICTURES
 from ldm.weights.find import MAX_FILES, SUFFIXES
 from ldm.weights.hashes import WINDOW_START, check_full, check_short, full_hashes, old_short_hash
 from ldm.weights.io import ITEM_BYTES, Header, TensorInfo, is_pickle, open_regular, printable, read_header, read_tensors
+from ldm.weights.part import is_part
 from ldm.weights.pickles import ALLOWED
+from ldm.weights.scaled import is_scaled, unscaled
 from ldm.weights.source import Source, canonical_source, open_source
 
 PARTS: tuple[tuple[str, str], ...] = (
     ("U-Net", r"model\.diffusion_model\."),
+    ("image conditioning", r"noise_augmentor\.|image_tokens\."),
     ("autoencoder", r"first_stage_model\."),
     ("image encoder", r"cond_stage_model\.model\.visual\.|embedder\.model\.visual\."),
     ("text encoder", r"cond_stage_model\.|conditioner\.embedders\.0\."),
@@ -115,7 +118,7 @@ def _report(
     """The report on tensors that can be read; header: of a single .safetensors file."""
     lost = header is not None and header.stamp.size < header.needed
     source, problem = _canonical(raw)
-    kind = kind or kind_of_file(source.tensors)
+    kind = kind or (PART if is_part(source) else kind_of_file(source.tensors))
     found = find_out(source, kind, whole=not lost)
     numbers = _numbers(raw) if deep and not lost else None
     hashes = _hashes(raw.path, header, deep=deep and not lost)
@@ -133,7 +136,7 @@ def _report(
         layout=source.layout,
         kind=kind,
         found=found,
-        parts=_parts(source.tensors),
+        parts=_parts(raw.tensors if is_scaled(raw.tensors) else source.tensors),
         ema=any(name.startswith("model_ema.") for name in source.tensors),
         problem=problem,
         warnings=(*(found.system.warnings if found.system else ()), *wrong),
@@ -161,7 +164,7 @@ def _describe_picture(path: Path, *, deep: bool) -> FileReport:
 def _canonical(raw: Source) -> tuple[Source, str | None]:
     """The source under the names of a single file, and what is wrong where it cannot be."""
     try:
-        return canonical_source(raw), None
+        return canonical_source(unscaled(raw)), None
     except LdmError as error:
         return raw, _said(error, raw.path)
 

@@ -17,11 +17,12 @@ from ldm.weights.config_json import CONFIG_KEY
 from ldm.weights.controlnet import DIFFERENCE, control_config, control_source, made_for
 from ldm.weights.detect import CHECKPOINT, FAMILIES, Detection, detect
 from ldm.weights.doctor.adapter import adapter_facts
-from ldm.weights.doctor.kinds import ADAPTER, CONTROLNET, EMBEDDING
+from ldm.weights.doctor.kinds import ADAPTER, CONTROLNET, EMBEDDING, PART
 from ldm.weights.doctor.report import EmbeddingFacts, Finding, System
 from ldm.weights.embeddings import read_embeddings
 from ldm.weights.io import printable
 from ldm.weights.layout import CLIP, FIRST_STAGE, TEXT, UNET, Comparison, Networks, build, compare, compare_networks
+from ldm.weights.part import REST_KEY, REST_NAME, own_networks
 from ldm.weights.source import Source
 
 WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl", 1280: "sdxl-refiner", 192: "ldm"}
@@ -43,6 +44,8 @@ def find_out(source: Source, kind: str, *, whole: bool = True) -> Finding:
     try:
         if kind == CHECKPOINT:
             return _checkpoint(source)
+        if kind == PART:
+            return _part(source)
         if kind == ADAPTER:
             return _adapter(source, whole=whole)
         if kind == EMBEDDING:
@@ -77,6 +80,12 @@ def _checkpoint(source: Source) -> Finding:
         fit=fit,
         problem=_misfit(fit),
     )
+
+
+def _part(source: Source) -> Finding:
+    fit = compare_networks(source.tensors, own_networks(source))
+    base = f"the autoencoder and CLIP of the {REST_NAME} beside it, if their hash is {source.metadata[REST_KEY][:10]}"
+    return Finding(family="ldm", base=base, variant="varies a picture", fit=fit, problem=_misfit(fit))
 
 
 def _system(detection: Detection) -> System:

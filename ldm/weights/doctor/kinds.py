@@ -12,6 +12,8 @@ ADAPTER = "adapter"
 CONTROLNET = "ControlNet"
 EMBEDDING = "textual-inversion embedding"
 UNKNOWN = "unknown"
+PART = "decoder of CLIP image embeddings, without its autoencoder and CLIP"
+"""What `ldm.weights.part` writes."""
 
 OTHERS: tuple[tuple[str, str], ...] = (
     ("ControlNet-LLLite", r"lllite_.+"),
