@@ -119,7 +119,7 @@ SMALL = {
         evaluate_every=500,
     ),
 }
-"""For two CPU cores that do nothing else: about twenty minutes, ten minutes, six hours and one more for the decoder."""
+"""For two CPU cores that do nothing else: about 20 minutes, 40 minutes, six hours and one more for the decoder."""
 
 GPU = {
     "autoencoder": LoopConfig(
