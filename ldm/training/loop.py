@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ldm.errors import LdmError
 from ldm.training.ema import EMA
+from ldm.training.muon import Muon
 from ldm.training.state import RunState, check_facts, flatten_optimizer, load_state, restore_optimizer, save_state
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ class Objective(nn.Module):
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How long and how fast. Rates are AdamW's (Loshchilov & Hutter 2019); `batch` is each rank's.
+    """How long and how fast. `batch` is each rank's.
+
+    optimizer: AdamW (Loshchilov & Hutter 2019), or Muon for the matrices; the rate means the same to both.
 
     schedule: after `warmup` steps "constant" keeps the rate and lets it fall to nought over the last `cooldown` steps;
     "cosine" lets it fall all the way. The last step of a run is `steps`; a finished run may be given more.
@@ -64,6 +67,7 @@ class LoopConfig:
     steps: int
     batch: int
     rate: float
+    optimizer: Literal["adamw", "muon"] = "adamw"
     warmup: int = 200
     schedule: Literal["constant", "cosine"] = "constant"
     cooldown: int = 0
@@ -131,9 +135,7 @@ def train(objective: Objective, config: LoopConfig, output: Path) -> EMA:
         gradient_accumulation_steps=config.accumulate,
         cpu=not torch.cuda.is_available(),
     )
-    optimizer = torch.optim.AdamW(
-        _groups(objective, config), lr=config.rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = _optimizer(objective, config)
     objective.to(accelerator.device)
     if config.compile:
         objective.compile()
@@ -182,15 +184,23 @@ def train(objective: Objective, config: LoopConfig, output: Path) -> EMA:
             if signalled := _greatest(accelerator, stop()):
                 if not saved:
                     save(done)
-                log.info("stopped at step %d, saved in %s", done, output)
+                if accelerator.is_main_process:
+                    log.info("stopped at step %d, saved in %s", done, output)
                 accelerator.wait_for_everyone()  # a launcher kills the others as soon as one has left
                 raise KeyboardInterrupt if signalled == signal.SIGINT else SystemExit(128 + signalled)
     accelerator.wait_for_everyone()
     return ema
 
 
+def _optimizer(objective: Objective, config: LoopConfig) -> torch.optim.Optimizer:
+    groups = _groups(objective, config)
+    if config.optimizer == "muon":
+        return Muon(groups, lr=config.rate, betas=config.betas, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.rate, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+
+
 def _groups(objective: Objective, config: LoopConfig) -> list[dict[str, Any]]:
-    """The trained parameters as AdamW takes them."""
+    """The trained parameters as an optimizer takes them."""
     trained = [p for p in objective.parameters() if p.requires_grad]
     if config.decayed == "all":
         return [{"params": trained}]
