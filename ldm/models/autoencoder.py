@@ -20,6 +20,7 @@ from ldm.layers.attention import attend
 class AutoencoderConfig:
     """Widths of a first stage. The defaults are Stable Diffusion's: 8 times smaller, 4 latent channels.
 
+    base_channels: 0 for a first stage without a network (`ldm.models.pixel_blocks`), of 3 f^2 latent channels.
     scale_factor multiplies latents so that their variance is about 1; shift_factor is subtracted before that.
     norm_groups: Stable Diffusion has 32; a thin first level wants fewer, since one channel a group
     normalises each colour channel's mean away.

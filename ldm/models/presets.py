@@ -9,6 +9,7 @@
 | SDXL refiner    | 4      | OpenCLIP bigG                      | eps        | 1024        |
 | ours            | 4      | a small OpenCLIP tower             | v          | 128 or 256  |
 | our decoder     | 4      | the same; a CLIP image besides     | v          | 128 or 256  |
+| our upsampler   | 12     | none; a picture of half the size   | v          | 256         |
 """
 
 from __future__ import annotations
@@ -202,14 +203,15 @@ def sdxl_refiner() -> SystemConfig:
 
 
 def small(size: int = 128) -> SystemConfig:
-    """The model that ships with this package: about 42 M parameters, trained on drawn pictures."""
+    """The model that ships with this package: about 45 M parameters, trained on drawn pictures."""
     return SystemConfig(
         family="ldm",
         unet=UNetConfig(
-            model_channels=64,
-            channel_mult=(1, 2, 4, 4),
+            model_channels=128,
+            channel_mult=(1, 2, 2),
             res_blocks=1,
-            attention=(0, 1, 1, 0),
+            cross_only=(False, False, False),
+            attention=(0, 1, 1),
             context_width=192,
             heads=None,
             head_width=32,
@@ -239,6 +241,36 @@ def decoder_of(config: SystemConfig) -> SystemConfig:
     return replace(config, unet=replace(config.unet, vector_width=vector), image=image, clip_image=None)
 
 
+def small_upsampler(size: int = 256) -> SystemConfig:
+    """Pictures twice as large: about 2.7 M parameters, no text, no attention (Ramesh et al. 2022, section 2.1).
+
+    In the layout of `sd_x4_upscaler`: 15 input channels (12 of 2 x 2 blocks of pixels, and the low-resolution picture),
+    the level of the noise over that one as label. Convolutions alone, so it learns from crops and draws any size.
+    """
+    return SystemConfig(
+        family="ldm",
+        unet=UNetConfig(
+            in_channels=15,
+            out_channels=12,
+            model_channels=32,
+            channel_mult=(1, 2, 4),
+            res_blocks=1,
+            attention=(0, 0, 0),
+            middle_attention=0,
+            context_width=None,
+            heads=1,
+            cross_only=(False, False, False),
+            classes=101,
+        ),
+        autoencoder=AutoencoderConfig(
+            base_channels=0, channel_mult=(1, 1), res_blocks=0, latent_channels=12, norm_groups=1, scale_factor=1.0
+        ),
+        text=(),
+        prediction="v",
+        size=size,
+    )
+
+
 def tiny(config: SystemConfig, width: int = 32) -> SystemConfig:
     """The same layout with every width cut and no level, for tests and for trying things; `width` a multiple of 32.
 
@@ -251,12 +283,7 @@ def tiny(config: SystemConfig, width: int = 32) -> SystemConfig:
     return replace(
         config,
         unet=_tiny_unet(config.unet, width, towers=len(towers), vector=width * vectors + 256 * config.sizes_in_vector),
-        autoencoder=replace(
-            config.autoencoder,
-            base_channels=width,
-            channel_mult=_one_or_two(config.autoencoder.channel_mult),
-            res_blocks=1,
-        ),
+        autoencoder=_tiny_autoencoder(config.autoencoder, width),
         text=towers,
         image=None if config.image is None else replace(config.image, tower=_tiny_image(config.image.tower, width)),
         clip_image=None if config.clip_image is None else _tiny_image(config.clip_image, width),
@@ -271,6 +298,13 @@ def _tiny_tower(tower: TextConfig, width: int) -> TextConfig:
 
 def _tiny_image(tower: ImageConfig, width: int) -> ImageConfig:
     return replace(tower, width=width, layers=2, heads=2, projection=width, size=2 * tower.patch)
+
+
+def _tiny_autoencoder(autoencoder: AutoencoderConfig, width: int) -> AutoencoderConfig:
+    if autoencoder.base_channels == 0:
+        return autoencoder
+    multiples = _one_or_two(autoencoder.channel_mult)
+    return replace(autoencoder, base_channels=width, channel_mult=multiples, res_blocks=1)
 
 
 def _tiny_unet(unet: UNetConfig, width: int, towers: int, vector: int) -> UNetConfig:

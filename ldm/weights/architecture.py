@@ -62,7 +62,14 @@ def unet_config(shapes: Shapes) -> UNetConfig:
 
 
 def autoencoder_config(shapes: Shapes) -> AutoencoderConfig:
-    """The config of a KL autoencoder in LDM's names, but for its latents' scale, of which shapes say nothing."""
+    """The config of a KL autoencoder in LDM's names, but for its latents' scale, of which shapes say nothing.
+
+    A first stage without a network is known by its deviations, one for each channel of a block of pixels.
+    """
+    if "deviation" in shapes:
+        channels = _size(shapes, "deviation", 1, 0)
+        levels = max(0, round(math.log(channels / 3, 4)))
+        return AutoencoderConfig(0, (1,) * (levels + 1), res_blocks=0, latent_channels=channels, norm_groups=1)
     if any(name.startswith("quantize.") for name in shapes):
         raise LdmError("its first stage has a codebook (VQ); only KL autoencoders are read")
     base = _size(shapes, "encoder.conv_in.weight", 4, 0)

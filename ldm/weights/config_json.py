@@ -93,6 +93,10 @@ def check_config(config: SystemConfig) -> None:
         raise ValueError("autoencoder.scale_factor must be positive")
     if config.autoencoder.norm_groups < 1:
         raise ValueError("autoencoder.norm_groups must be positive")
+    autoencoder = config.autoencoder
+    if autoencoder.base_channels == 0 and autoencoder.latent_channels != 3 * autoencoder.downsampling**2:
+        blocks = f"blocks of {autoencoder.downsampling} x {autoencoder.downsampling} pixels"
+        raise ValueError(f"autoencoder.latent_channels is {autoencoder.latent_channels}, which {blocks} do not give")
     if not 0 <= config.unet.dropout < 1:
         raise ValueError("unet.dropout is not in [0, 1)")
     _check_heads(config.unet)

@@ -295,7 +295,7 @@ def _variant(config: SystemConfig) -> str:
     """What the U-Net's channels beyond the latent's are for."""
     extra = config.unet.in_channels - config.autoencoder.latent_channels
     if config.unet.classes is not None and extra == 3:
-        return "x4 upscaler"
+        return f"x{config.autoencoder.downsampling} upscaler"
     if config.image is not None:
         return "unCLIP (varies a picture)"
     if config.unet.context_width is None:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ldm.errors import LdmError
-from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.image_conditioner import ImageTokens
 from ldm.models.image_encoder import ImageTower
 from ldm.models.noise_augmentor import NoiseAugmentor
+from ldm.models.pixel_blocks import FirstStage, first_stage
 from ldm.models.presets import SystemConfig
 from ldm.models.text_encoder import CLIPText, OpenCLIPText, text_tower
 from ldm.models.unet import UNet
@@ -89,7 +89,7 @@ class Networks:
 
     config: SystemConfig
     unet: UNet
-    autoencoder: AutoencoderKL
+    autoencoder: FirstStage
     text: tuple[OpenCLIPText | CLIPText, ...]
     image: ImageTower | None = None
     augmentor: NoiseAugmentor | None = None
@@ -124,7 +124,7 @@ def build(config: SystemConfig) -> Networks:
     try:
         with torch.device("meta"), _Unfilled():
             text = tuple(text_tower(use.tower) for use in config.text)
-            networks = Networks(config, UNet(config.unet), AutoencoderKL(config.autoencoder), text)
+            networks = Networks(config, UNet(config.unet), first_stage(config.autoencoder), text)
             if (use := config.image) is None:
                 return networks
             width = use.tower.projection

@@ -1,4 +1,4 @@
-"""The x4 upscaler: diffusers' pipeline, exact sizes, and a noise of each picture's own."""
+"""The upscalers: diffusers' pipeline or a loop written by hand, exact sizes, and a noise of each picture's own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from theirs import asked, assert_equal, final_latents, networks
 
 from ldm.diffusion.noise import start_noise
 from ldm.errors import LdmError
-from ldm.models.presets import sd1, sd_x4_upscaler, tiny
+from ldm.models.presets import sd1, sd_x4_upscaler, small_upsampler, tiny
 from ldm.pipeline.images import picture_bytes
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import random_system
@@ -107,7 +107,7 @@ def test_the_noise_over_the_picture_is_not_the_start_noise():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"width": 128}, "width: found 128, expected 96, four times the picture's"),
+        ({"width": 128}, "width: found 128, expected 96, 4 times the picture's"),
         ({"height": 128}, "height: found 128, expected 64"),
         ({"strength": 0.5}, "strength: found together with the x4 upscaler"),
         ({"mask": picture_bytes(picture())}, "mask: found together with the x4 upscaler"),
@@ -132,3 +132,65 @@ def test_it_needs_a_picture_and_the_right_model(model):
         random_system(tiny(sd1())).upscale("", picture())
     with pytest.raises(LdmError, match="image: found a truncated or damaged picture"):
         model.upscale("", picture_bytes(picture())[:-30])
+
+
+@pytest.fixture(scope="module")
+def ours() -> LatentDiffusion:
+    drawn = random_system(tiny(small_upsampler()))
+    drawn.autoencoder.load_state_dict({"deviation": torch.linspace(0.02, 0.3, 12)})
+    return drawn
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("level", [0, 60])
+def test_our_upsampler_equals_a_loop_by_hand(level, ours):
+    """DDIM (Song et al. 2020, eq. 12) in its own scale, on v, with numpy's layout of the blocks."""
+    (drawn,) = ours.upscale("", picture(), steps=4, seed=5, sampler="ddim", upscale_noise=level)
+    betas = np.linspace(1e-4**0.5, 0.02**0.5, 1000) ** 2
+    kept = float(np.cumprod(1 - betas)[level])
+    noise = torch.randn(3, 16, 24, generator=torch.Generator().manual_seed(other_seed(asking())))
+    small = torch.from_numpy(np.asarray(picture()).copy()).permute(2, 0, 1).float() / 127.5 - 1
+    seen = (kept**0.5 * small + (1 - kept) ** 0.5 * noise)[None]
+    alphas = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    x = torch.randn(12, 16, 24, generator=torch.Generator().manual_seed(5))[None]
+    timesteps = [751, 501, 251, 1]
+    for timestep, following in zip(timesteps, [*timesteps[1:], 0], strict=True):
+        a, after = float(alphas[timestep]), float(alphas[following])
+        v = ours.unet(x, torch.tensor([float(timestep)]), Conditioning(concat=seen, vector=torch.tensor([level])))
+        x0, eps = a**0.5 * x - (1 - a) ** 0.5 * v, a**0.5 * v + (1 - a) ** 0.5 * x
+        x = after**0.5 * x0 + (1 - after) ** 0.5 * eps
+    blocks = (x[0].double().numpy() * np.linspace(0.02, 0.3, 12)[:, None, None]).reshape(3, 2, 2, 16, 24)
+    details = blocks.transpose(0, 3, 1, 4, 2).reshape(3, 32, 48)
+    enlarged = torch.nn.functional.interpolate(
+        seen.double() / kept**0.5, size=(32, 48), mode="bicubic", antialias=True
+    )[0].numpy()
+    expected = ((np.clip(details + enlarged, -1, 1) + 1) * 127.5).round().transpose(1, 2, 0)
+    assert np.abs(details).max() > 0.1, "what the network adds is seen"
+    assert np.abs(np.asarray(drawn.image).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(24, 16), (23, 17), (1, 1), (1, 40)])
+def test_ours_draws_twice_as_large(size, ours):
+    (drawn,) = ours.upscale("", picture(*size), steps=2)
+    assert drawn.image.size == (2 * size[0], 2 * size[1])
+    assert drawn.request.guidance == 1 and drawn.request.changed() == drawn.request
+
+
+def test_ours_draws_several_each_from_its_seed(ours):
+    image = picture()
+    several = ours.upscale("", image, steps=2, count=2, seed=5, upscale_noise=90)
+    (alone,) = ours.upscale("", image, steps=2, seed=6, upscale_noise=90)
+    differ = np.abs(np.asarray(several[1].image).astype(int) - np.asarray(alone.image))
+    assert differ.max() <= 1 and [one.seed for one in several] == [5, 6] and [one.index for one in several] == [0, 1]
+    assert np.abs(np.asarray(several[0].image).astype(int) - np.asarray(alone.image)).mean() > 2
+
+
+def test_what_ours_cannot_be_asked(ours):
+    (drawn,) = ours.upscale("a red apple", picture(), steps=2)
+    assert drawn.notes == ("prompt: this model takes no text; it did not act",)
+    with pytest.raises(LdmError, match="upscale_noise: found 101, expected 0 to 100, the levels that this model knows"):
+        ours.upscale("", picture(), upscale_noise=101)
+    with pytest.raises(LdmError, match="strength: found together with the x2 upscaler"):
+        ours.upscale("", picture(), strength=0.5)
+    with pytest.raises(LdmError, match="width: found 96, expected 48, 2 times the picture's"):
+        ours.upscale("", picture(), width=96)
