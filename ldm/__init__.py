@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ldm.pipeline.latent_diffusion import LatentDiffusion
     from ldm.pipeline.load import load
     from ldm.pipeline.load_clip import load_clip
-    from ldm.pipeline.request import Apg, Control, GenerateRequest, HighRes
+    from ldm.pipeline.request import Apg, Control, GenerateRequest, HighRes, PriorUse
     from ldm.weights.adapters.read import read_adapter
 
 __version__ = "0.1.0"
@@ -30,6 +30,7 @@ __all__ = [
     "HighRes",
     "LatentDiffusion",
     "LdmError",
+    "PriorUse",
     "__version__",
     "load",
     "load_clip",
@@ -44,6 +45,7 @@ _HOMES = {
     "HighRes": "ldm.pipeline.request",
     "LatentDiffusion": "ldm.pipeline.latent_diffusion",
     "LdmError": "ldm.errors",
+    "PriorUse": "ldm.pipeline.request",
     "load": "ldm.pipeline.load",
     "load_clip": "ldm.pipeline.load_clip",
     "read_adapter": "ldm.weights.adapters.read",

@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from ldm.apps.fields import size_of
 from ldm.errors import LdmError
-from ldm.pipeline.request import Apg, GenerateRequest, HighRes
+from ldm.pipeline.request import Apg, GenerateRequest, HighRes, PriorUse
 from ldm.pipeline.validation import shown
 
 MAX_CELLS = 400
 
-NESTED: Mapping[str, type[HighRes] | type[Apg]] = {"highres": HighRes, "apg": Apg}
+NESTED: Mapping[str, type[HighRes | Apg | PriorUse]] = {"highres": HighRes, "apg": Apg, "prior": PriorUse}
 
 NUMBER = r"([+-]?[0-9]{1,19}(?:\.[0-9]{1,19})?)"
 RANGE = re.compile(rf"{NUMBER}\s*-\s*{NUMBER}(?:\s*\(\s*{NUMBER}\s*\)|\s*\[\s*([0-9]{{1,9}})\s*\])?")
@@ -28,7 +28,7 @@ RANGE = re.compile(rf"{NUMBER}\s*-\s*{NUMBER}(?:\s*\(\s*{NUMBER}\s*\)|\s*\[\s*([
 
 @dataclass(frozen=True)
 class Axis:
-    """A field and its values. field: of the request, with a dot inside `highres` and `apg`; or size, model, lora."""
+    """A field and its values. field: of the request, with a dot inside those of `NESTED`; or size, model, lora."""
 
     field: str
     values: tuple[Any, ...]

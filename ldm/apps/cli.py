@@ -32,6 +32,7 @@ from ldm.apps.options import (
     Interpolate,
     Outpaint,
     Pca,
+    PriorSheet,
     Redo,
     Score,
     Search,
@@ -59,6 +60,7 @@ _Parsed = (
     | Annotated[Interpolate, subcommand("interpolate")]
     | Annotated[TextDiff, subcommand("textdiff")]
     | Annotated[Pca, subcommand("pca")]
+    | Annotated[PriorSheet, subcommand("prior")]
     | Annotated[Grid, subcommand("grid")]
     | Annotated[Show, subcommand("show")]
     | Annotated[Redo, subcommand("redo")]
@@ -178,6 +180,10 @@ def _dispatch(command: Command) -> None:
             from ldm.apps.pca import pca
 
             pca(command)
+        case PriorSheet():
+            from ldm.apps.prior import prior
+
+            prior(command)
         case other:
             assert_never(other)
 

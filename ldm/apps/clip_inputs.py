@@ -12,7 +12,7 @@ from ldm.apps.progress import to_stderr
 from ldm.errors import LdmError
 from ldm.pipeline.clip import CLIP, check_shape
 from ldm.pipeline.files import read_file
-from ldm.pipeline.images import MAX_BYTES, read_picture
+from ldm.pipeline.images import LARGE_BYTES, read_shrunk
 from ldm.pipeline.load_clip import load_clip
 
 MAX_TEXT_FILE = 8 * 2**20
@@ -71,7 +71,7 @@ def readable(images: Sequence[Path]) -> tuple[list[tuple[Path, Image.Image]], li
     good, bad = [], []
     for path in images:
         try:
-            image = read_picture(read_file(path, MAX_BYTES))
+            image = read_shrunk(read_file(path, LARGE_BYTES))
             check_shape(image)
             good.append((path, image))
         except LdmError as error:

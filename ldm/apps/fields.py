@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from ldm.apps.controls import MAX_PICTURE_FILE, controls_of
-from ldm.apps.flags import Chance, Details, Prompts, Reading, Refining, Sampling, SecondPass, Steering
+from ldm.apps.flags import Asking, Chance, Details, Prompts, Reading, Refining, Sampling, SecondPass, Steering
 from ldm.apps.options import Depth2Img, Generate, Img2Img, Inpaint, Outpaint, TaskCommand, Upscale, Variations
 from ldm.errors import LdmError
 from ldm.pipeline.files import read_file
-from ldm.pipeline.request import DEFAULT_SAMPLER, Apg, GenerateRequest, HighRes
+from ldm.pipeline.request import DEFAULT_SAMPLER, Apg, GenerateRequest, HighRes, PriorUse
 from ldm.pipeline.validation import shown
 
 MAX_PROMPT_FILE = 16 * 2**20
@@ -82,7 +82,20 @@ def detail_fields(details: Details) -> dict[str, Any]:
         | _steering_fields(details.steering)
         | _chance_fields(details.chance)
         | {"refine_at": _refine_at(details.refining), "controls": controls_of(details.controls)}
+        | {"prior": prior_use(details.asking) if asks(details.asking) else None}
     )
+
+
+def asks(asking: Asking) -> bool:
+    """Whether a prior is asked. Raises `LdmError` for flags that need --prior."""
+    if asking.prior is None and asking != Asking():
+        raise LdmError("prior: found none for the flags that go with it, expected its file; give --prior FILE")
+    return asking.prior is not None
+
+
+def prior_use(asking: Asking) -> PriorUse:
+    """How these flags ask a prior."""
+    return PriorUse(guidance=asking.prior_guidance, steps=asking.prior_steps, choose=asking.prior_choose)
 
 
 def highres_of(given: SecondPass) -> HighRes | None:

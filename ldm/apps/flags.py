@@ -14,6 +14,7 @@ from ldm.pipeline.request import (
     DEFAULT_STEPS,
     Emphasis,
     HighRes,
+    PriorUse,
     Rng,
     SamplerName,
     ScheduleName,
@@ -229,9 +230,24 @@ class Controls:
 
 
 @dataclass(frozen=True)
+class Asking:
+    """A prior: it makes of the prompt what CLIP might see in a picture of it, and a decoder draws that (DALL-E 2)."""
+
+    prior: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """The prior's file, as checkpoints/ldm-prior.safetensors; without --model, our decoder draws."""
+    prior_guidance: Annotated[float, arg(metavar="X")] = PriorUse().guidance
+    """How far its embedding leans towards the prompt; 1 is not at all."""
+    prior_steps: Annotated[int, arg(metavar="N")] = PriorUse().steps
+    """Of its sampler."""
+    prior_choose: Annotated[int, arg(metavar="N")] = PriorUse().choose
+    """How many embeddings it makes; the one is drawn that fits the prompt best by CLIP."""
+
+
+@dataclass(frozen=True)
 class Details:
     """What few need, and every task takes."""
 
+    asking: Asking = field(default_factory=Asking)
     refining: Refining = field(default_factory=Refining)
     steering: Steering = field(default_factory=Steering)
     chance: Chance = field(default_factory=Chance)

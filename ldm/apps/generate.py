@@ -109,7 +109,10 @@ def load_plain(model: Model, watch: Stopwatch, details: Details | None = None) -
     import ldm.tasks  # noqa: F401 - for its time to count as imports
 
     watch.mark("imports")
-    loaded = _loaded(model)
+    prior = None if details is None else details.asking.prior
+    loaded = _loaded(model if prior is None else with_decoder(model))
+    if prior is not None:
+        loaded = loaded.with_prior(prior)
     if model.embedding:
         loaded = loaded.with_embeddings(_embeddings(model))
     if details is not None and (files := control_files(details.controls)):

@@ -28,7 +28,7 @@ def index(command: Index) -> None:
         raise LdmError(f"{command.folder}: is no folder, expected one with pictures")
     place = command.index or command.folder / PLACE
     begun = time.perf_counter()
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = _of_launcher("WORLD_SIZE", 1)
     if ranks > 1 and share is not None:
         raise LdmError("shard: found a launcher's RANK too, expected one of them; start it without the launcher")
     report = _by_ranks(command, place, ranks) if ranks > 1 else _alone(command, place, share)
@@ -46,6 +46,14 @@ def share_of(shard: str) -> Share | None:
     return Share(int(numbers[1]), int(numbers[2]))
 
 
+def _of_launcher(name: str, alone: int) -> int:
+    """The number that a launcher puts into the environment, or `alone`. Raises `LdmError` where it is none."""
+    found = os.environ.get(name, str(alone))
+    if re.fullmatch(r"\d{1,6}", found, flags=re.ASCII) is None:
+        raise LdmError(f"{name}: found {found[:40]!r} in the environment, expected a launcher's number; unset it")
+    return int(found)
+
+
 def _alone(command: Index, place: Path, share: Share | None) -> Report:
     with progress_bar(1) as bar:
         bar.at("loading", 0)
@@ -60,10 +68,10 @@ def _by_ranks(command: Index, place: Path, ranks: int) -> Report | None:
     import torch
     import torch.distributed as together
 
-    rank = int(os.environ.get("RANK", "0"))
+    rank = _of_launcher("RANK", 0)
     device = command.clip.device
     if device == "auto" and torch.cuda.is_available():
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+        device = f"cuda:{_of_launcher('LOCAL_RANK', 0) % torch.cuda.device_count()}"
     clip = clip_of_command(replace(command.clip, device=device))
     together.init_process_group("gloo", timeout=timedelta(days=30))  # a share may take that long
 

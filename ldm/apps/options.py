@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from ldm.apps.flags import ClipModel, Decoding, Details, Model, Output, Prompts, Sampling, SecondPass
+from ldm.apps.flags import Asking, ClipModel, Decoding, Details, Model, Output, Prompts, Sampling, SecondPass
 from ldm.pipeline.request import DEFAULT_STRENGTH, MaskFill
 
 AXIS_HELP = (
@@ -103,13 +103,13 @@ class Outpaint:
 
 @dataclass(frozen=True)
 class Upscale:
-    """Draw a picture four times as large, with a model made for it (x4-upscaler)."""
+    """Draw a picture larger, with a model made for it: four times (x4-upscaler), or twice (ldm-upsampler)."""
 
     prompts: Prompts
     image: Annotated[Path, arg(metavar="FILE")]
-    """The PNG, JPEG or WebP picture; a prompt that says what it shows helps."""
+    """The PNG, JPEG or WebP picture; a prompt that says what it shows helps the x4-upscaler."""
     noise: Annotated[int, arg(metavar="N")] = 20
-    """How much noise the model sees over it, 0 to 350: more frees it to invent."""
+    """How much noise the model sees over it, 0 to 350, to 100 for ours: more frees it to invent."""
     sampling: Sampling = field(default_factory=Sampling)
     output: Output = field(default_factory=Output)
     model: Model = field(default_factory=Model)
@@ -212,6 +212,8 @@ class Redo:
     """The picture that a ControlNet looked at; one for each, in their order."""
     refiner: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """The model that drew its last steps."""
+    prior: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """The prior that was asked what to draw. By default the one that ships, where it was that one."""
     json: bool = False
     """Print a JSON object for each picture."""
     model: Model = field(default_factory=Model)
@@ -496,6 +498,24 @@ class Pca:
     model: Model = field(default_factory=Model)
 
 
+@dataclass(frozen=True)
+class PriorSheet:
+    """Draw prompts told the text alone, told CLIP's vector of it, and told what a prior makes of it: a sheet. Needs a
+    model as ldm interpolate does."""
+
+    prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT", help_behavior_hint="")]
+    """What to draw, a row for each."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FILE")] = Path("prior.png")
+    """The .png file. Nothing is ever overwritten: a taken name gets a number."""
+    seed: Annotated[int, arg(metavar="N")] = 0
+    """Of the first row, row i has seed + i; -1 draws one."""
+    json: bool = False
+    """Print a JSON object."""
+    asking: Asking = field(default_factory=Asking)
+    sampling: Sampling = field(default_factory=Sampling)
+    model: Model = field(default_factory=Model)
+
+
 TaskCommand = Generate | Img2Img | Inpaint | Outpaint | Upscale | Variations | Depth2Img
 Command = (
     TaskCommand
@@ -514,4 +534,5 @@ Command = (
     | Interpolate
     | TextDiff
     | Pca
+    | PriorSheet
 )

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.apps.controls import MAX_PICTURE_FILE
-from ldm.apps.flags import Controls, Details, Model, Refining
+from ldm.apps.flags import Asking, Controls, Details, Model, Refining
 from ldm.apps.generate import adapted, draw, load_plain, with_their_adapters
 from ldm.apps.options import Redo
 from ldm.apps.progress import Stopwatch, progress_bar, to_stderr
@@ -77,6 +77,7 @@ def redo(command: Redo) -> None:
         raise LdmError(f"{command.original}: says nothing of how it was made that can be read; see ldm show")
     original = read_picture(read_file(command.original, MAX_PICTURE_FILE))
     request = request_of(command, remake)
+    command = replace(command, prior=_prior_file(command, request, found))
     for line in remake.misses:
         to_stderr(f"cannot be matched: {line}")
     model = replace(command.model, file=model_file(command, remake), dtype=_dtype(command, found))
@@ -145,6 +146,25 @@ def model_file(command: Redo, remake: Remake) -> Path:
     raise LdmError(f"model: the picture's is {told}, and none that ships; name its file by --model")
 
 
+def _prior_file(command: Redo, request: GenerateRequest, found: Metadata) -> Path | None:
+    """The prior that the request asks: the one that is named, or the one that ships. Raises `LdmError` without one."""
+    if request.prior is None:
+        if command.prior is not None:
+            raise LdmError("prior: found one, but the picture was made without; leave it out")
+        return None
+    if command.prior is not None:
+        return command.prior
+    from ldm.pipeline.prior import SHIPPED_PRIOR
+
+    parts = None if found.record is None else found.record.get("parts")
+    parts = parts if isinstance(parts, list) else []
+    told = [part for part in parts if isinstance(part, dict) and part.get("kind") == "prior"]
+    if any(isinstance(part.get("hash"), str) and same_file(SHIPPED_PRIOR, part["hash"]) for part in told):
+        return SHIPPED_PRIOR
+    known = f" ({_named(told[0])})" if told else ""
+    raise LdmError(f"prior: found none, expected the one that was asked what to draw{known}; give it by --prior")
+
+
 def same_file(path: Path, told: str | None) -> bool:
     """Whether a file has the hash told: the first digits of its SHA-256, or the web UI's old 8 digits."""
     if told is None or not re.fullmatch(r"[0-9a-f]{8}|[0-9a-f]{10,64}", told) or not path.is_file():
@@ -186,7 +206,7 @@ def _loaded(command: Redo, model: Model, request: GenerateRequest, watch: Stopwa
         request = request.changed(prompt="", emphasis="literal")  # so that no folder of LDM_MODELS is searched
     groups, adapters = with_their_adapters([request], model)
     controls = Controls(control=command.control, control_image=command.control_image)
-    details = Details(controls=controls, refining=Refining(refiner=command.refiner))
+    details = Details(asking=Asking(prior=command.prior), controls=controls, refining=Refining(refiner=command.refiner))
     return adapted(load_plain(model, watch, details), next(iter(groups)), adapters)
 
 
@@ -201,7 +221,8 @@ def mismatches(model: LatentDiffusion, digest: str | None, found: Metadata, rema
         return
     if (dtype := str(model.dtype).removeprefix("torch.")) != (told := record.get("dtype")):
         yield f"dtype: is {dtype}, but the picture's was {shown(told)}; see --dtype"
-    others = (*model.origin.parts, *(() if model.refiner is None else model.refiner.origin.as_refiner))
+    prior = () if model.prior is None else model.prior.parts
+    others = (*model.origin.parts, *prior, *(() if model.refiner is None else model.refiner.origin.as_refiner))
     parts = [{"kind": part.kind, "name": part.name, "hash": part.hash} for part in others]
     embeddings = [{"name": embedding.name, "hash": embedding.hash} for embedding in model.embeddings]
     given = {"parts": parts, "adapters": [asdict(adapter) for adapter in model.adapters], "embeddings": embeddings}

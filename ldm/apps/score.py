@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from ldm.apps.clip_inputs import check_some, clip_of_command, raise_unread, readable, texts_of
@@ -16,7 +17,7 @@ from ldm.apps.options import Score
 from ldm.errors import LdmError
 from ldm.pipeline.clip import BATCH, CLIP
 from ldm.pipeline.files import check_output, write_new
-from ldm.tasks.score import checked_texts
+from ldm.tasks.score import Scorer, Scores, checked_texts, scorer
 
 MAX_IMAGES = 10_000
 
@@ -30,10 +31,12 @@ def score(command: Score) -> None:
     if command.output is not None:
         _check_drawing(command.output, len(command.images), len(texts))
     clip = clip_of_command(command.model, texts)
-    paths, thumbnails, cosines, unread = _matrix(clip, command.images, texts, keep=command.output is not None)
+    judge = scorer(clip, texts)
+    paths, thumbnails, scores, unread = _matrix(judge, command.images, keep=command.output is not None)
     if paths:
+        cosines = scores.cosines.tolist()
         if command.json:
-            print(_json(clip, paths, texts, cosines))
+            print(_json(clip, paths, texts, scores))
         else:
             print_scores(paths, texts, cosines)
         if command.output is not None:
@@ -58,24 +61,23 @@ def _check_drawing(output: Path, pictures: int, texts: int) -> None:
 
 
 def _matrix(
-    clip: CLIP, images: Sequence[Path], texts: Sequence[str], *, keep: bool
-) -> tuple[list[Path], list[Image.Image], list[list[float]], list[str]]:
-    """The pictures that could be read, themselves where they are kept, their cosines, and what is wrong with others."""
-    words = clip.text_vectors(texts)
-    paths, kept, cosines, unread = [], [], [], []
+    judge: Scorer, images: Sequence[Path], *, keep: bool
+) -> tuple[list[Path], list[Image.Image], Scores, list[str]]:
+    """The pictures that could be read, themselves where they are kept, their scores, and what is wrong with others."""
+    paths, kept, parts, unread = [], [], [], []
     for start in range(0, len(images), BATCH):
         good, bad = readable(images[start : start + BATCH])
         unread += bad
         paths += [path for path, _ in good]
         kept += [image for _, image in good] if keep else []
-        cosines += (clip.image_vectors([image for _, image in good]) @ words.T).tolist()
-    return paths, kept, cosines, unread
+        parts.append(judge([image for _, image in good]))
+    scores = Scores(torch.cat([part.cosines for part in parts]), torch.cat([part.logits for part in parts]))
+    return paths, kept, scores, unread
 
 
-def _json(clip: CLIP, paths: Sequence[Path], texts: Sequence[str], cosines: Sequence[Sequence[float]]) -> str:
-    logits = [[clip.scale * cosine + clip.bias for cosine in row] for row in cosines]
+def _json(clip: CLIP, paths: Sequence[Path], texts: Sequence[str], scores: Scores) -> str:
     told = {
         "model": clip.name, "scale": clip.scale, "bias": clip.bias, "images": [str(path) for path in paths],
-        "texts": list(texts), "cosines": cosines, "logits": logits,
+        "texts": list(texts), "cosines": scores.cosines.tolist(), "logits": scores.logits.tolist(),
     }  # fmt: skip
     return json.dumps(told)

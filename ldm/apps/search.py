@@ -14,9 +14,10 @@ from ldm.apps.progress import in_one_line
 from ldm.apps.tiles import centred, compose, message_tile
 from ldm.errors import LdmError
 from ldm.pipeline.files import check_output, names_file, read_file, write_new
-from ldm.pipeline.images import MAX_BYTES, read_picture
+from ldm.pipeline.images import LARGE_BYTES, read_shrunk
 from ldm.search import Hit, combined, open_index
 from ldm.search.embed import vectors_of
+from ldm.search.query import MAX_TOP
 from ldm.search.store import check_maker
 from ldm.weights.io import printable
 
@@ -60,6 +61,8 @@ def _check(command: Search) -> None:
         raise LdmError("search: found an empty text, expected words")
     if any(len(words) > MAX_WORDS for words in (*command.words, *command.plus, *command.minus)):
         raise LdmError(f"search: found a text of more than {MAX_WORDS} characters, expected a shorter one")
+    if not 1 <= command.top <= MAX_TOP:
+        raise LdmError(f"top: found {command.top}, expected 1 to {MAX_TOP}")
     if command.output is not None:
         if not names_file(command.output) or command.output.suffix.lower() != ".png":
             raise LdmError(f"{printable(str(command.output))}: expected a name that ends in .png")
@@ -99,7 +102,7 @@ def _write_sheet(output: Path, hits: Sequence[Hit]) -> Path:
 def _tile(path: Path) -> Image.Image:
     size = (TILE, TILE)
     try:
-        image = read_picture(read_file(path, MAX_BYTES))
+        image = read_shrunk(read_file(path, LARGE_BYTES))
     except LdmError:
         return message_tile("moved, deleted or damaged since it was indexed", size)
     image.thumbnail(size)

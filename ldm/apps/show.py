@@ -70,6 +70,7 @@ def _redo(path: Path, remake: Remake) -> Iterator[str]:
         f"--control FILE --control-image FILE{_known(control.get('image_sha256'))}" for control in remake.controls
     ]
     needed += ["--refiner FILE"] if remake.fields.get("refine_at") is not None else []
+    needed += ["--prior FILE"] if remake.fields.get("prior") is not None else []
     yield from _row("redo", " ".join(["ldm redo", shlex.quote(str(path)), *needed]))
     for miss in remake.misses:
         yield from _row("no match", miss)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 16 * 2**20
+LARGE_BYTES, LARGE_PIXELS = 128 * 2**20, 170 * 2**20
+"""The limits of what is shrunk at once, as for CLIP. Pillow's own is at 171 Mpx."""
+SHRUNK_SIDE = 1024
 _FORMATS = ("PNG", "JPEG", "WEBP")
 
 DAMAGED = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error)
@@ -35,6 +38,14 @@ def read_picture(data: bytes) -> Image.Image:
     for anything else, for a truncated file, and above 20 MiB or 16 Mpx.
     """
     return _read(data, _flat)
+
+
+def read_shrunk(data: bytes, side: int = SHRUNK_SIDE) -> Image.Image:
+    """The same for who looks at little of a picture, up to 128 MiB or 170 Mpx.
+
+    Above 16 Mpx it comes smaller by a whole factor, its shorter side still `side` or 1024 pixels, the larger, or more.
+    """
+    return _read(data, _flat, max(side, SHRUNK_SIDE))
 
 
 def read_mask(data: bytes) -> Image.Image:
@@ -58,29 +69,39 @@ def _levels(image: Image.Image) -> Image.Image:
     return as_mask(image).convert("F").point(lambda level: level * 257)
 
 
-def _read(data: bytes, flat: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def _read(data: bytes, flat: Callable[[Image.Image], Image.Image], side: int | None = None) -> Image.Image:
+    """side: of a large picture so much of the shorter side is enough; None: there must be none."""
+    most_bytes, most = (MAX_BYTES, MAX_PIXELS) if side is None else (LARGE_BYTES, LARGE_PIXELS)
     if not data:
         raise LdmError("image: found an empty file, expected a PNG, JPEG or WebP picture")
-    if len(data) > MAX_BYTES:
-        raise LdmError("image: found more than 20 MiB, expected a smaller file")
+    if len(data) > most_bytes:
+        raise LdmError(f"image: found more than {most_bytes // 2**20} MiB, expected a smaller file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError:
-        raise LdmError(
-            f"image: found far more than {MAX_PIXELS} pixels, expected at most that; scale it down"
-        ) from None
+        raise LdmError(f"image: found far more than {most} pixels, expected at most that; scale it down") from None
     except DAMAGED:
         raise LdmError(f"image: found {what_is(data)}, expected a PNG, JPEG or WebP picture") from None
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise LdmError(f"image: found {width}x{height}, expected at most {MAX_PIXELS} pixels; scale it down")
+    if width * height > most:
+        raise LdmError(f"image: found {width}x{height}, expected at most {most} pixels; scale it down")
     try:
+        if side is not None and width * height > MAX_PIXELS:
+            image = _shrunk(image, side)
         image.load()
         return flat(ImageOps.exif_transpose(image))
     except DAMAGED:
         raise LdmError("image: found a truncated or damaged picture; get the file again") from None
+
+
+def _shrunk(image: Image.Image, side: int) -> Image.Image:
+    """A picture that is not decoded yet, smaller by a whole factor. A JPEG is never decoded at more than twice that."""
+    image.draft(None, (side, side))
+    if image.mode not in ("L", "RGB", "RGBA", "CMYK") or "transparency" in image.info:
+        image = _flat(ImageOps.exif_transpose(image))
+    return image.reduce(max(1, min(image.size) // side))
 
 
 def picture_bytes(image: bytes | str | Path | Image.Image) -> bytes:

@@ -92,7 +92,9 @@ def settings_of(request: GenerateRequest) -> dict[str, object]:
 
 
 def _second_pass(request: GenerateRequest) -> dict[str, object]:
-    """The web UI runs all of "Hires steps"; we run `strength` of `highres.steps`, so this is how many that gives."""
+    """Other passes and networks; those of a prior have names of ours.
+
+    The web UI runs all of "Hires steps"; we run `strength` of `highres.steps`, so this is how many that gives."""
     settings: dict[str, object] = {}
     if (highres := request.highres) is not None:
         settings["Hires upscale"] = number(highres.scale)
@@ -100,6 +102,10 @@ def _second_pass(request: GenerateRequest) -> dict[str, object]:
         settings["Hires upscaler"] = UPSCALERS[highres.upscale]
     if request.refine_at is not None:
         settings["Refiner switch at"] = number(request.refine_at)
+    if (prior := request.prior) is not None:
+        settings["Prior CFG scale"] = number(prior.guidance)
+        settings["Prior steps"] = prior.steps
+        settings["Prior candidates"] = prior.choose
     return settings
 
 

@@ -24,7 +24,7 @@ TOLD_ELSEWHERE = {
 }  # fmt: skip
 """Settings that are no field of a request, and lose nothing."""
 
-OF_MODELS = ("VAE", "VAE hash", "Lora hashes", "TI hashes", "Refiner")
+OF_MODELS = ("VAE", "VAE hash", "Lora hashes", "TI hashes", "Refiner", "Prior")
 """Files that a person has to give again."""
 
 SAMPLERS, SCHEDULES = get_args(SamplerName), get_args(ScheduleName)
@@ -81,6 +81,7 @@ def remake_of(text: Infotext) -> Remake:
     _plain(settings)
     _sampler(settings)
     _size(settings)
+    _prior(settings)
     settings.choose("RNG", "rng", {"GPU": "philox", "NV": "philox", "CPU": "comfy" if comfy else "cpu"})
     pictures = _pictures(settings, ours)
     for key in OF_MODELS:
@@ -149,6 +150,18 @@ def _size(settings: _Settings) -> None:
             settings.fields["width"], settings.fields["height"] = sides
         else:
             settings.miss("Size", size, "is no WIDTHxHEIGHT")
+
+
+def _prior(settings: _Settings) -> None:
+    """How a prior was asked, which is in texts of ours alone."""
+    names = {
+        "guidance": ("Prior CFG scale", _finite),
+        "steps": ("Prior steps", int),
+        "choose": ("Prior candidates", int),
+    }
+    found = {name: settings.read(key, kind) for name, (key, kind) in names.items()}
+    if asked := {name: value for name, value in found.items() if value is not None}:
+        settings.fields["prior"] = asked
 
 
 def _sides(text: str) -> tuple[int, int] | None:

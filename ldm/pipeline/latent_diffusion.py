@@ -18,11 +18,11 @@ from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import NOISE_SCHEDULES, NoiseSchedule, zero_terminal_snr
 from ldm.errors import LdmError
 from ldm.layers.embeddings import sinusoidal_embedding
-from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.controlnet import ControlNet
 from ldm.models.image_conditioner import ImageTokens
 from ldm.models.image_encoder import ImageTower
 from ldm.models.noise_augmentor import NoiseAugmentor
+from ldm.models.pixel_blocks import FirstStage
 from ldm.models.presets import SystemConfig
 from ldm.models.text_encoder import TextTower
 from ldm.models.tokenizer import text_of
@@ -30,7 +30,7 @@ from ldm.models.unet import UNet
 from ldm.pipeline.adapters import AdapterChoice, AppliedAdapter, with_adapters
 from ldm.pipeline.embeddings import fitted, words_of
 from ldm.pipeline.emphasis import MAX_CHUNKS, encode_chunks, token_chunks
-from ldm.pipeline.images import as_mask, picture_bytes, read_picture, to_tensor
+from ldm.pipeline.images import as_mask, picture_bytes, read_shrunk, to_tensor
 from ldm.pipeline.picture import OtherPart, Picture
 from ldm.pipeline.prompt import Emphasis
 from ldm.pipeline.request import GenerateRequest
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from ldm.pipeline.clip import CLIP
     from ldm.pipeline.components import Components
+    from ldm.pipeline.prior import AnyPrior, PriorBeside
     from ldm.tasks.classify import Match
     from ldm.tasks.invert import Inverted
     from ldm.tasks.score import Scores
@@ -87,11 +88,12 @@ class LatentDiffusion:
     adapters:   those it has, see `with_adapters`; originals: what they changed, as it was, by its name in a file
     controls:   see `with_controls`
     refiner:    see `with_refiner`
+    prior:      see `with_prior`
     """
 
     config: SystemConfig
     unet: UNet
-    autoencoder: AutoencoderKL
+    autoencoder: FirstStage
     text: tuple[TextTower, ...]
     device: torch.device
     dtype: torch.dtype
@@ -104,6 +106,7 @@ class LatentDiffusion:
     originals: Mapping[str, Tensor] = field(default_factory=dict)
     controls: Mapping[str, ControlNet] = field(default_factory=dict)
     refiner: LatentDiffusion | None = None
+    prior: PriorBeside | None = None
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
@@ -163,6 +166,17 @@ class LatentDiffusion:
             )
         return replace(self, refiner=refiner)
 
+    def with_prior(self, prior: str | Path | AnyPrior | None = None) -> LatentDiffusion:
+        """A decoder whose requests may ask its `prior` what CLIP might see in a picture of the prompt (DALL-E 2).
+
+        `model.with_prior().generate("a red apple", prior=PriorUse())`. prior: a file of ours, or a network; None: the
+        one that ships with this package. Raises `LdmError` where the file is none, where the two were not trained for
+        the same CLIP, or where this model is told no embeddings.
+        """
+        from ldm.pipeline.prior import beside
+
+        return replace(self, prior=beside(self, prior))
+
     def denoiser(self) -> Denoiser:
         """The U-Net as a function (x, sigma, cond) -> estimate of the clean latent."""
         return Denoiser(self.unet, self.schedule, self.config.prediction)
@@ -189,7 +203,7 @@ class LatentDiffusion:
         """A prompt -> `Conditioning` of batch 1: text states (1, N, D) and, where the U-Net takes one, a vector.
 
         N is the towers' 77 places for each chunk of the prompt. It is one prompt at one step: what AND, [from:to:when]
-        and <lora:...> mean is for `ldm.pipeline.prompt`.
+        and <lora:...> mean is for `ldm.pipeline.prompt`. A model without text towers is told nothing.
 
         width, height: of the picture, for models that are told its size; None: the model's own
         original_size, crop: (width, height) and (left, top), see `GenerateRequest`; for models that are told them
@@ -200,6 +214,8 @@ class LatentDiffusion:
 
         Raises `LdmError` when a tower has no such layer or says something that is not finite.
         """
+        if not self.text:
+            return Conditioning()
         states, pooled = [], []
         for index, (tower, use) in enumerate(zip(self.text, self.config.text, strict=True)):
             skip = use.skip if clip_skip is None else clip_skip - 1
@@ -319,14 +335,14 @@ class LatentDiffusion:
         """
         from ldm.tasks.classify import TEMPLATES, classify
 
-        pictures = [read_picture(picture_bytes(image)) for image in images]
+        pictures = [read_shrunk(picture_bytes(image)) for image in images]
         return classify(self.clip, pictures, labels, templates or TEMPLATES)
 
     def score(self, images: Sequence[bytes | str | Path | Image.Image], texts: Sequence[str]) -> Scores:
         """How well each picture fits each text: cosines and logits, (pictures, texts); see `ldm.tasks.score`."""
         from ldm.tasks.score import score
 
-        return score(self.clip, [read_picture(picture_bytes(image)) for image in images], texts)
+        return score(self.clip, [read_shrunk(picture_bytes(image)) for image in images], texts)
 
     def generate(self, request: str | GenerateRequest, **fields: Any) -> list[Picture]:
         """Draw pictures: a prompt and fields of `GenerateRequest`, or a request and changes to it.
@@ -349,7 +365,10 @@ class LatentDiffusion:
     def upscale(
         self, request: str | GenerateRequest, image: bytes | str | Path | Image.Image, **fields: Any
     ) -> list[Picture]:
-        """A picture four times as large, by the x4 upscaler. `request` says what the picture shows; it may be ""."""
+        """A picture larger, four times by the x4 upscaler or twice by ours.
+
+        request: what the picture shows, for the former; it may be ""
+        """
         from ldm.tasks import draw, upscale
 
         return draw(self, request, fields | {"image": picture_bytes(image)}, upscale)

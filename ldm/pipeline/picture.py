@@ -27,7 +27,8 @@ from ldm.samplers import SAMPLERS
 
 @dataclass(frozen=True)
 class OtherPart:
-    """A part of a model that has a file of its own. kind: "unet", "vae", "text encoder" or "refiner"."""
+    """A part of a model that has a file of its own. kind: "unet", "vae", "text encoder", "refiner" or
+    "prior"."""
 
     kind: str
     path: Path
@@ -139,6 +140,8 @@ def parameters_text(picture: Picture, model_hash: str | None = None) -> str:
     settings |= infotext.settings_of(request)
     if refiner := next((part for part in picture.parts if part.kind == "refiner"), None):
         settings["Refiner"] = f"{refiner.path.stem} [{refiner.hash}]" if refiner.hash else refiner.path.stem
+    if prior := next((part for part in picture.parts if part.kind == "prior"), None):
+        settings["Prior"] = f"{prior.path.stem} [{prior.hash}]" if prior.hash else prior.path.stem
     if picture.adapters:
         hashes = {re.sub("[:,]", "", adapter.name): adapter.hash for adapter in picture.adapters}
         settings["Lora hashes"] = ", ".join(f"{name}: {digits}" for name, digits in hashes.items())

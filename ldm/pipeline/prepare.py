@@ -16,6 +16,7 @@ from ldm.diffusion.sigmas import SCHEDULES, end_above_zero
 from ldm.errors import LdmError
 from ldm.pipeline.images import read_picture, shape_like
 from ldm.pipeline.latent_diffusion import LatentDiffusion
+from ldm.pipeline.prior import imagined
 from ldm.pipeline.prompt import Emphasis, adapters_in, alternatives, schedule_of
 from ldm.pipeline.request import GenerateRequest
 from ldm.samplers import SAMPLERS
@@ -39,20 +40,28 @@ CHANGING: tuple[Emphasis, ...] = ("a1111", "no-norm", "ignore")
 
 
 def resolve(model: LatentDiffusion, request: GenerateRequest) -> GenerateRequest:
-    """The request with its size, schedule, seeds and, where there is a picture to start from, strength filled in."""
+    """The request with its size, schedule, seeds and, where there is a picture to start from, strength filled in.
+
+    Raises `LdmError` where it asks for a prior, and the model has none.
+    """
+    if request.prior is not None and model.prior is None:
+        raise LdmError("prior: found with a model that has none, expected one; give it by --prior, or by with_prior")
     width = height = model.config.size
     picture = request.image or request.depth or next((control.image for control in request.controls), None)
     if picture is not None:
         width, height = shape_like(read_picture(picture).size, model.config.size)
-    varied = bool(request.variation_strength)
-    return request.changed(
+    return seeded(request).changed(
         width=request.width or width,
         height=request.height or height,
         schedule=_schedule(model, request),
-        seed=_seed(request.seed),
-        variation_seed=_seed(request.variation_seed) if varied else None,
         strength=request.strength if request.image is None else request.share,
     )
+
+
+def seeded(request: GenerateRequest) -> GenerateRequest:
+    """The request with its seeds filled in."""
+    varied = bool(request.variation_strength)
+    return request.changed(seed=_seed(request.seed), variation_seed=_seed(request.variation_seed) if varied else None)
 
 
 def _schedule(model: LatentDiffusion, request: GenerateRequest) -> str:
@@ -102,19 +111,20 @@ def told_over(
 
     @cache
     def encoded(text: str, wanted: bool) -> Conditioning:
-        return tell(
-            model.encode_prompt(
-                text,
-                width=request.width,
-                height=request.height,
-                original_size=request.original_size,
-                crop=request.crop,
-                clip_skip=request.clip_skip,
-                emphasis=request.emphasis,
-                wanted=wanted,
-                zeros=zeros and not wanted,
-            )
+        cond = model.encode_prompt(
+            text,
+            width=request.width,
+            height=request.height,
+            original_size=request.original_size,
+            crop=request.crop,
+            clip_skip=request.clip_skip,
+            emphasis=request.emphasis,
+            wanted=wanted,
+            zeros=zeros and not wanted,
         )
+        if wanted and request.prior is not None and model.prior is not None:  # a refiner has none
+            cond = model.tell_image(cond, imagined(model, text, request))
+        return tell(cond)
 
     guides = request.guidance != 1 or [weight for _, weight in parts] != [1]
     changes = sorted({first for spans in (*(spans for spans, _ in parts), negative) for first, _ in spans})
@@ -179,7 +189,7 @@ def as_trained(
     Raises `LdmError` for a U-Net that cannot do without another picture.
     """
     notes: tuple[str, ...] = ()
-    if model.config.image is not None and request.vary is None:
+    if model.config.image is not None and request.vary is None and request.prior is None:
         notes = ("this model varies pictures; it was given none, and draws from the text alone",)
     if not has_mask(model):
         return (lambda cond: cond), notes

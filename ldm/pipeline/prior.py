@@ -1,5 +1,7 @@
 """The prior, ready to use: a text -> CLIP embeddings of pictures that it may describe, for the decoder to draw.
 
+    prompt --plain_words--> text --tell--> what the prior is told --image_embeddings--> the best of C --> the decoder
+
 Ramesh et al. 2022, section 2.2. Shapes: B texts, P width of CLIP's space, C candidates of each embedding.
 """
 
@@ -7,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -27,16 +31,43 @@ from ldm.models.text_encoder import OpenCLIPText, TextTower
 from ldm.models.tokenizer import END, tokenize
 from ldm.pipeline.device import choose_device
 from ldm.pipeline.load import SHIPPED
-from ldm.pipeline.unclip import in_scale
+from ldm.pipeline.picture import OtherPart
+from ldm.pipeline.prompt import Emphasis
+from ldm.pipeline.prompt_weights import parse_weights
+from ldm.pipeline.request import GenerateRequest, PriorUse
+from ldm.pipeline.unclip import as_told, in_scale
 from ldm.samplers import SAMPLERS
 from ldm.types import Conditioning
 from ldm.weights.io import printable
 from ldm.weights.prior import is_marked, read_prior
 
+if TYPE_CHECKING:
+    from ldm.pipeline.latent_diffusion import LatentDiffusion
+
 SHIPPED_PRIOR = SHIPPED.with_name("ldm-prior.safetensors")
 
+USUAL = PriorUse()
 
-def load_prior(path: str | Path | None = None, *, device: str | torch.device = "auto") -> Prior | AutoregressivePrior:
+OWN_NOISE = 0x7F4A7C15
+"""What sets the seed of a prior's noise apart from the one that its picture begins with."""
+
+AnyPrior = Prior | AutoregressivePrior
+
+
+@dataclass(frozen=True, eq=False)
+class PriorBeside:
+    """The prior that a model has, and its file, as metadata names it; path: None of one made in memory."""
+
+    network: AnyPrior
+    path: Path | None
+
+    @property
+    def parts(self) -> tuple[OtherPart, ...]:
+        """The file, if there is one."""
+        return () if self.path is None else (OtherPart("prior", self.path),)
+
+
+def load_prior(path: str | Path | None = None, *, device: str | torch.device = "auto") -> AnyPrior:
     """The prior in a file of ours, of either kind; None: the one that ships with this package.
 
     Raises LdmError where the file is not there, or is no prior, or a damaged one.
@@ -51,24 +82,68 @@ def load_prior(path: str | Path | None = None, *, device: str | torch.device = "
     return prior
 
 
-def tell(
-    prior: Prior | AutoregressivePrior, tower: TextTower, use: TextUse, texts: Sequence[str], without: str = ""
-) -> Told:
+def beside(model: LatentDiffusion, prior: str | Path | AnyPrior | None) -> PriorBeside:
+    """A prior for a decoder; see `LatentDiffusion.with_prior`."""
+    image, name = model.config.image, printable(str(model.origin.path or "model"))
+    if image is None or not model.text:
+        raise LdmError(
+            f"{name}: is told no CLIP embeddings, which a prior makes; expected this package's decoder"
+            " (checkpoints/ldm-decoder.safetensors) or an SD 2.1 unCLIP checkpoint; use another model, or no prior"
+        )
+    if isinstance(prior, str | Path | None):
+        path = SHIPPED_PRIOR if prior is None else Path(prior)
+        found = PriorBeside(load_prior(path, device=model.device), path)
+    else:
+        found = PriorBeside(prior, None)
+    try:
+        _text_projection(found.network, model.text[0])
+    except LdmError as error:
+        raise LdmError(f"{printable(str(found.path))}: {error}" if found.path else str(error)) from None
+    if (width := found.network.config.projection) != image.tower.projection:
+        raise LdmError(
+            f"prior: its embeddings have {width} numbers, expected {image.tower.projection}, as {name} is told them;"
+            " use the two that belong together"
+        )
+    return found
+
+
+def imagined(model: LatentDiffusion, prompt: str, request: GenerateRequest) -> Tensor:
+    """What the model's prior makes of a text of the prompt, (1, P), as long as the model is told embeddings.
+
+    prompt: what the prompt says at one step, its weights included; request: resolved, of one picture, with a `prior`
+    """
+    use = request.prior
+    assert use is not None and model.prior is not None and request.seed is not None
+    seed = (request.seed + request.batch_index) ^ OWN_NOISE
+    found = image_embeddings(
+        model.prior.network,
+        tell_words(model, prompt, request.emphasis),
+        seed=seed,
+        guidance=use.guidance,
+        steps=use.steps,
+        choose=use.choose,
+    )
+    return as_told(model, found.to(model.device))
+
+
+def tell_words(model: LatentDiffusion, prompt: str, emphasis: Emphasis) -> Told:
+    """What the model's prior is told of a prompt, or of what this says at one step: its plain words."""
+    assert model.prior is not None
+    return tell(model.prior.network, model.text[0], model.config.text[0], [plain_words(prompt, emphasis)])
+
+
+def plain_words(prompt: str, emphasis: Emphasis = "a1111") -> str:
+    """A prompt without the marks that weigh words; what changes with the steps is for `ldm.pipeline.prompt`."""
+    return " ".join(piece.text for pieces in parse_weights(prompt, emphasis) for piece in pieces)
+
+
+def tell(prior: AnyPrior, tower: TextTower, use: TextUse, texts: Sequence[str], without: str = "") -> Told:
     """Texts as a prior is told them, one row each, and what guidance leads away from.
 
     tower, use: the text tower of the CLIP that the prior was trained for (`model.text[0]`, `model.config.text[0]`).
     Raises LdmError where it is another one.
     """
-    wanted, found = prior.config, tower.config
-    projection = tower.text_projection if isinstance(tower, OpenCLIPText) else None
-    if projection is None or (found.width, projection.shape[1]) != (wanted.text_width, wanted.projection):
-        widths = f"{found.width} wide with a projection to {found.projection or 'nothing'}"
-        raise LdmError(
-            f"prior: the text tower is {widths}, expected {wanted.text_width} to {wanted.projection}; "
-            "use the model that the prior was made for"
-        )
-    if not is_marked(projection, wanted.clip):
-        raise LdmError("prior: it was trained for another CLIP than this model's; use the two that belong together")
+    wanted, found, projection = prior.config, tower.config, _text_projection(prior, tower)
     ids = torch.tensor([tokenize(text, min(found.tokens, wanted.tokens), use.padding) for text in (*texts, without)])
     ids = ids[:, : int(text_lengths(ids).max())].to(projection.device)
     with torch.inference_mode():
@@ -81,6 +156,21 @@ def tell(
     return Told(((cond.select(slice(len(texts))), 1.0),), cond.select(rows))
 
 
+def _text_projection(prior: AnyPrior, tower: TextTower) -> Tensor:
+    """The tower's projection to CLIP's space. Raises LdmError where the prior was not trained for this tower."""
+    wanted, found = prior.config, tower.config
+    projection = tower.text_projection if isinstance(tower, OpenCLIPText) else None
+    if projection is None or (found.width, projection.shape[1]) != (wanted.text_width, wanted.projection):
+        widths = f"{found.width} wide with a projection to {found.projection or 'nothing'}"
+        raise LdmError(
+            f"prior: the text tower is {widths}, expected {wanted.text_width} to {wanted.projection}; "
+            "use the model that the prior was made for"
+        )
+    if not is_marked(projection, wanted.clip):
+        raise LdmError("prior: it was trained for another CLIP than this model's; use the two that belong together")
+    return projection
+
+
 def text_lengths(ids: Tensor) -> Tensor:
     """How many of each row's ids (B, N) are text, its start and end among them: (B,)."""
     return (ids == END).int().argmax(dim=1) + 1
@@ -88,14 +178,14 @@ def text_lengths(ids: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def image_embeddings(
-    prior: Prior | AutoregressivePrior,
+    prior: AnyPrior,
     told: Told,
     *,
     seed: int = 0,
     count: int = 1,
-    guidance: float = 2.0,
-    steps: int = 25,
-    choose: int = 2,
+    guidance: float = USUAL.guidance,
+    steps: int = USUAL.steps,
+    choose: int = USUAL.choose,
     sampler: str = "ddpm",
 ) -> Tensor:
     """`count` embeddings of each text, (B * count, P) of length sqrt(P), float32: those of the first text come first.

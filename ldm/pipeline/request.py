@@ -119,6 +119,21 @@ class Apg(Record):
     momentum: Annotated[float, Field(ge=-1, le=1, description="a number from -1 to 1")] = -0.75
 
 
+class PriorUse(Record):
+    """How a model's prior makes of the prompt what the decoder is told (Ramesh et al. 2022, section 2.2); frozen.
+
+    guidance: 0..50, how far its embedding leans towards the text; 1 leaves guidance out. The paper names no scale
+    steps:    1..1000 of its sampler (appendix C: 64); an autoregressive prior takes one for each code instead
+    choose:   1..64, how many embeddings are drawn, of which the one is taken that fits the text best (the paper: 2)
+    """
+
+    title: ClassVar[str] = "prior"
+
+    guidance: Annotated[float, Field(ge=0, le=50, description="a number from 0 to 50")] = 2.0
+    steps: Steps = 64
+    choose: Annotated[int, Field(ge=1, le=64, description="a whole number from 1 to 64")] = 2
+
+
 class GenerateRequest(Record):
     """One request for pictures; frozen, and valid once it exists.
 
@@ -180,6 +195,8 @@ class GenerateRequest(Record):
         vary_noise:       0..999, how freely
         vary_inverted:    begin in the picture's own noise, found by running ddim backwards: with eta 0 and guidance 1
                           it is given back, and with eta up to 1 it varies the more
+        prior:            have the model's prior make of the prompt's words, without their weights, what the decoder is
+                          told of a picture, in place of `vary`; None: it is told the text alone
         upscale_noise:    0..350, how much noise the x4 upscaler puts over `image` before it looks at it
         controls:         pictures that the result is held to by control networks; several add up
 
@@ -239,6 +256,7 @@ class GenerateRequest(Record):
     vary: PictureBytes | None = None
     vary_noise: Annotated[int, Field(ge=0, le=999, description="a whole number from 0 to 999")] = 0
     vary_inverted: bool = False
+    prior: PriorUse | None = None
     upscale_noise: Annotated[int, Field(ge=0, le=350, description="a whole number from 0 to 350")] = 20
     controls: Annotated[
         tuple[Control, ...],
@@ -317,6 +335,8 @@ class GenerateRequest(Record):
             self._check_steps("strength", self.share, self.steps)
         if self.extend is not None and not any(self.extend):
             raise LdmError("extend: found 0 pixels on every side, expected some on one; name a side")
+        if self.prior is not None and self.vary is not None:
+            raise LdmError("prior: found together with vary, expected one of them to say what CLIP sees; leave one out")
         for name, others in NEEDS.items():
             changed = getattr(self, name) != type(self).model_fields[name].default
             if changed and all(getattr(self, other) in (None, False) for other in others):

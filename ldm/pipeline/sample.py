@@ -24,14 +24,14 @@ from ldm.diffusion.guidance import Guidance, Projection, Told, guided
 from ldm.diffusion.noise import PerImageNoise, per_image_noise
 from ldm.diffusion.state import finish_state
 from ldm.errors import LdmError
-from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.pixel_blocks import FirstStage
 from ldm.pipeline.control import Controlled, Hint, acted_on, prepare_hints
 from ldm.pipeline.device import is_out_of_memory
 from ldm.pipeline.embeddings import used_in
 from ldm.pipeline.images import to_image
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.notes import notes_on
-from ldm.pipeline.picture import Picture
+from ldm.pipeline.picture import OtherPart, Picture
 from ldm.pipeline.prepare import begun_between
 from ldm.pipeline.request import GenerateRequest
 from ldm.samplers import SAMPLERS
@@ -203,8 +203,14 @@ def _batch(
             adapters=model.adapters,
             embeddings=_embeddings(model, request),
             batch=(index, count),
-            parts=model.origin.parts if last.model is model else (*model.origin.parts, *last.model.origin.as_refiner),
+            parts=_parts(model, last.model, request),
         )
+
+
+def _parts(model: LatentDiffusion, last: LatentDiffusion, request: GenerateRequest) -> tuple[OtherPart, ...]:
+    """Where all that a picture is of came from, but for the model's own file. last: whose steps were the last ones."""
+    prior = () if model.prior is None or request.prior is None else model.prior.parts
+    return (*model.origin.parts, *prior, *(() if last is model else last.origin.as_refiner))
 
 
 def alone(request: GenerateRequest, index: int) -> GenerateRequest:
@@ -314,7 +320,7 @@ def denoise_steps(
         yield step
 
 
-def decode(autoencoder: AutoencoderKL, latents: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+def decode(autoencoder: FirstStage, latents: Tensor) -> tuple[Tensor, tuple[str, ...]]:
     """Latents (B, z, h, w) -> pictures (B, 3, H, W) in [-1, 1], and notes about them.
 
     What is not finite is decoded again in float32 (half precision overflows in some autoencoders). Raises `LdmError`

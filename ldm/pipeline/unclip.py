@@ -43,6 +43,18 @@ def in_scale(vectors: Tensor) -> Tensor:
     return F.normalize(vectors, dim=-1) * vectors.shape[-1] ** 0.5
 
 
+def as_told(model: LatentDiffusion, vectors: Tensor) -> Tensor:
+    """Vectors of any length (B, P) -> as long as the embeddings are that the model is told. Raises `LdmError`.
+
+    SD 2.1 unCLIP is told them as they are: theirs is the root mean square that its statistics give.
+    """
+    use, _, augmentor = _parts(model)
+    if use.unit or augmentor.data_mean is None or augmentor.data_std is None:
+        return in_scale(vectors)
+    length = (augmentor.data_mean.float().square() + augmentor.data_std.float().square()).sum().sqrt()
+    return F.normalize(vectors, dim=-1) * length.to(vectors)
+
+
 def noised_embedding(model: LatentDiffusion, embedding: Tensor, level: int, seed: int) -> Tensor:
     """An embedding (B, P) -> what the U-Net sees of it, (B, 2 P): noised, and the level. Raises `LdmError`."""
     use, tower, augmentor = _parts(model)
@@ -59,9 +71,16 @@ def noised_embedding(model: LatentDiffusion, embedding: Tensor, level: int, seed
 
 
 def told_image(model: LatentDiffusion, cond: Conditioning, seen: Tensor) -> Conditioning:
-    """What a prompt says (see `told_no_image`) with `seen` (1 or B, 2 P) in place of what it says of a picture."""
+    """What a prompt says (see `told_no_image`) with `seen` (1 or B, 2 P) in place of what it says of a picture.
+
+    A prompt of one row is said beside each of several. Raises `LdmError` for other numbers of rows.
+    """
+    assert cond.vector is not None
+    rows, pictures = len(cond.vector), len(seen)
+    if pictures != rows and 1 not in (pictures, rows):
+        raise LdmError(f"embedding: found {pictures} rows, expected 1 or {rows}, one for each prompt")
+    cond, seen = cond.repeat(pictures if rows == 1 else 1), seen.expand(max(rows, pictures), -1)
     assert cond.vector is not None and cond.cross is not None
-    seen = seen.expand(len(cond.vector), -1)
     vector = torch.cat([cond.vector[:, : -seen.shape[1]], seen.to(cond.vector)], dim=1)
     if model.image_tokens is None:
         return cond.with_(vector=vector)

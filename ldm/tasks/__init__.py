@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from ldm.pipeline.latent_diffusion import LatentDiffusion
+from ldm.pipeline.prepare import seeded
 from ldm.pipeline.request import GenerateRequest, as_request
-from ldm.pipeline.sample import Picture, Progress
+from ldm.pipeline.sample import Picture, Progress, alone
 from ldm.tasks.depth2img import depth2img
 from ldm.tasks.eta_variations import eta_variations
 from ldm.tasks.img2img import img2img
@@ -22,6 +24,8 @@ Task = Callable[[LatentDiffusion, GenerateRequest], Iterator[Progress | Picture]
 
 def run(model: LatentDiffusion, request: GenerateRequest) -> Iterator[Progress | Picture]:
     """Run the task that the request's fields ask for; see `ldm.pipeline.sample.run` for what is yielded."""
+    if request.prior is not None and request.count > 1:
+        return _each_alone(model, seeded(request))
     if request.image is not None and is_upscaler(model):
         return upscale(model, request)
     if request.vary is not None:
@@ -33,6 +37,13 @@ def run(model: LatentDiffusion, request: GenerateRequest) -> Iterator[Progress |
     if request.mask is not None:
         return inpaint(model, request)
     return txt2img(model, request) if request.image is None else img2img(model, request)
+
+
+def _each_alone(model: LatentDiffusion, request: GenerateRequest) -> Iterator[Progress | Picture]:
+    """Each picture as if it alone were asked for: what a prior makes of the prompt, it makes of each one's seed."""
+    for index in range(request.count):
+        for event in run(model, alone(request, index)):
+            yield replace(event, index=index) if isinstance(event, Picture) else replace(event, first=index)
 
 
 def draw(

@@ -6,23 +6,17 @@ stands for it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from ldm.errors import LdmError
+from ldm.evaluation.zero_shot import TEMPLATES, class_vectors
 from ldm.pipeline.clip import CLIP
 from ldm.pipeline.validation import shown
 from ldm.tasks.score import checked_texts
-
-TEMPLATES = (
-    "{}", "a {}", "an emoji of a {}", "a drawing of a {}", "a photo of a {}", "a {} on a white background",
-)  # fmt: skip
-"""For drawn pictures and photos. `a {}` is filled as "an owl" before a vowel."""
 
 MAX_TEMPLATES = 100
 
@@ -73,9 +67,7 @@ def classifier(clip: CLIP, labels: Sequence[str], templates: Sequence[str] = TEM
     for template in templates:
         if "{}" not in template:
             raise LdmError(f"template: {shown(template)} has no {{}}, where the label goes")
-    vectors = sum(clip.text_vectors([filled(template, label) for label in labels]) for template in templates)
-    assert isinstance(vectors, Tensor)
-    return Classifier(clip, tuple(labels), F.normalize(vectors, dim=-1))
+    return Classifier(clip, tuple(labels), class_vectors(clip.text_vectors, labels, templates))
 
 
 def classify(
@@ -83,10 +75,3 @@ def classify(
 ) -> list[tuple[Match, ...]]:
     """RGB pictures -> for each all labels, the best first. Raises `LdmError` as `classifier`."""
     return classifier(clip, labels, templates)(images)
-
-
-def filled(template: str, label: str) -> str:
-    """The template with the label in its place, and "an" for "a" before a vowel."""
-    if label[:1].lower() in "aeiou":
-        template = re.sub(r"\ba (?=\{\})", "an ", template)
-    return template.replace("{}", label)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from ldm.diffusion.guidance import Told
 from ldm.errors import LdmError
 from ldm.pipeline.latent_diffusion import LatentDiffusion
+from ldm.pipeline.prepare import Tell
 from ldm.pipeline.request import GenerateRequest
 from ldm.pipeline.sample import Job, Picture, Progress, alone, run
 
@@ -20,6 +21,11 @@ def refuse(request: GenerateRequest, names: Sequence[str], task: str) -> None:
     for name in names:
         if getattr(request, name) not in (None, ()):
             raise LdmError(f"{name}: found together with {task}, expected none; leave it out")
+
+
+def seeing(told: Told, see: Tell) -> Told:
+    """The wanted side is told a picture besides; the other one keeps the zeros that it has, of no picture."""
+    return Told(tuple((see(cond), weight) for cond, weight in told.parts), told.uncond)
 
 
 def one_by_one(

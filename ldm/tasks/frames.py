@@ -15,14 +15,15 @@ from typing import Any
 from torch import Tensor
 
 from ldm.diffusion.guidance import Told
+from ldm.diffusion.spherical import along_arc
 from ldm.diffusion.state import start_state
 from ldm.errors import LdmError
 from ldm.pipeline.images import read_picture, shape_like
 from ldm.pipeline.latent_diffusion import LatentDiffusion
-from ldm.pipeline.prepare import Tell, resolve, sigmas_for, told_over
+from ldm.pipeline.prepare import resolve, sigmas_for, told_over
 from ldm.pipeline.request import GenerateRequest, as_request
 from ldm.pipeline.sample import Job, Picture, Progress, Stage, run
-from ldm.tasks.common import ToldOver, other_seed, refuse
+from ldm.tasks.common import ToldOver, other_seed, refuse, seeing
 
 NOT_TAKEN = ("image", "mask", "extend", "depth", "highres", "controls", "refine_at")
 """Fields that frames can do nothing with."""
@@ -108,14 +109,20 @@ def evenly(count: int, most: float = 1.0) -> list[float]:
     return [most * index / (count - 1) for index in range(count)]
 
 
+def arc(start: Tensor, end: Tensor, shares: Sequence[float], what: str) -> list[Tensor]:
+    """The points at these shares, see `along_arc`; `what` the ends are. Raises `LdmError` where there is no one arc."""
+    try:
+        return [along_arc(start, end, share) for share in shares]
+    except ValueError as error:
+        raise LdmError(f"{what}: {error}; choose others") from None
+
+
 def _told_frame(model: LatentDiffusion, told: Told, frame: Frame) -> Told:
-    """The wanted side is told the embedding besides; the other one is told of no picture."""
     if frame.embedding is None:
         return told
     level = frame.request.vary_noise
     seed = other_seed(frame.request) if level else 0  # level 0 has a little noise too: the same for all, and inversion
-    see: Tell = partial(model.tell_image, embedding=frame.embedding, noise_level=level, seed=seed)
-    return Told(tuple((see(cond), weight) for cond, weight in told.parts), told.uncond)
+    return seeing(told, partial(model.tell_image, embedding=frame.embedding, noise_level=level, seed=seed))
 
 
 def _begun(start: Tensor | None, sigma: float, noise: Any, _: Tensor | None) -> Tensor:

@@ -25,11 +25,27 @@ class Scores:
     logits: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Scorer:
+    """Texts as unit vectors (M, P), ready for any number of pictures."""
+
+    clip: CLIP
+    vectors: Tensor
+
+    def __call__(self, images: Sequence[Image.Image]) -> Scores:
+        """RGB pictures against the texts."""
+        cosines = self.clip.image_vectors(images) @ self.vectors.T
+        return Scores(cosines, self.clip.logits(cosines))
+
+
+def scorer(clip: CLIP, texts: Sequence[str]) -> Scorer:
+    """Texts as vectors, as they are. Raises `LdmError` for no or too many of them, or one that is empty."""
+    return Scorer(clip, clip.text_vectors(checked_texts(texts, "texts")))
+
+
 def score(clip: CLIP, images: Sequence[Image.Image], texts: Sequence[str]) -> Scores:
-    """RGB pictures against texts, as they are. Raises `LdmError` for no or too many texts, or one that is empty."""
-    texts = checked_texts(texts, "texts")
-    cosines = clip.image_vectors(images) @ clip.text_vectors(texts).T
-    return Scores(cosines, clip.logits(cosines))
+    """RGB pictures against texts. Raises `LdmError` as `scorer`."""
+    return scorer(clip, texts)(images)
 
 
 def checked_texts(texts: Sequence[str], field: str) -> list[str]:

@@ -12,33 +12,45 @@ from torch import Tensor
 
 from ldm.errors import LdmError
 from ldm.pipeline.latent_diffusion import LatentDiffusion
-from ldm.pipeline.request import GenerateRequest
+from ldm.pipeline.prior import imagined, tell_words
+from ldm.pipeline.request import GenerateRequest, PriorUse
 from ldm.pipeline.sample import Picture, Progress
+from ldm.pipeline.unclip import as_told
 from ldm.tasks.frames import Frame, draw_frames, sequence_request
+
+COLUMNS = ("text alone", "text's vector", "prior")
+"""What each of the three is told."""
 
 
 @torch.inference_mode()
 def side_by_side(
-    model: LatentDiffusion, prompts: Sequence[str], request: GenerateRequest, texts: Tensor, priors: Tensor
+    model: LatentDiffusion, prompts: Sequence[str], request: GenerateRequest
 ) -> Iterator[Progress | Picture]:
     """Draw each prompt three times from the same noise, told the prompt and
 
-        nothing more;  the text's own vector, as if it were a picture's;  the embedding that a prior made of the text
+        nothing more;  the text's own vector, as if it were a picture's;  the embedding that the prior made of the text
 
-    texts, priors: (N, P), a row for each prompt, in the scale of `LatentDiffusion.image_embedding` (to that of our
-    decoder `ldm.pipeline.unclip.in_scale` brings them); prompt i has the noise of seed + i. Raises `LdmError` for
-    another number of rows, and as `ldm.tasks.frames.draw_frames` does.
+    model: with a prior, which is asked as `request.prior` says, None: as usual. Prompt i has the noise of seed + i, and
+    the third picture is the one that it draws alone. Raises `LdmError` where there is no prompt, where the model has no
+    prior, and as `ldm.tasks.frames.draw_frames` does.
     """
-    if not len(prompts) == len(texts) == len(priors) > 0:
-        raise LdmError(
-            f"embeddings: found {len(texts)} of texts and {len(priors)} of a prior for {len(prompts)} prompts, expected"
-            " one of each for every prompt"
-        )
-    request = sequence_request(model, request, None, inverts=False)
-    assert request.seed is not None
-    drawn = [
-        Frame(request.changed(prompt=prompt, seed=request.seed + index), embedding)
-        for index, prompt in enumerate(prompts)
-        for embedding in (None, texts[index : index + 1], priors[index : index + 1])
-    ]
+    if model.prior is None:
+        raise LdmError("prior: found none, expected one to compare with; give it by --prior, or by with_prior")
+    if not prompts:
+        raise LdmError("prompts: found none, expected some to draw")
+    use = request.prior or PriorUse()
+    plain = sequence_request(model, request.changed(prior=None), None, inverts=False)
+    assert plain.seed is not None
+    drawn = []
+    for index, prompt in enumerate(prompts):
+        one = plain.changed(prompt=prompt, seed=plain.seed + index)
+        for embedding in (None, text_vector(model, one), imagined(model, prompt, one.changed(prior=use))):
+            drawn.append(Frame(one, embedding))
     yield from draw_frames(model, drawn)
+
+
+def text_vector(model: LatentDiffusion, request: GenerateRequest) -> Tensor:
+    """CLIP's vector of the prompt's plain words, (1, P), as if it were what CLIP sees in a picture."""
+    ((cond, _),) = tell_words(model, request.prompt, request.emphasis).parts
+    assert cond.vector is not None
+    return as_told(model, cond.vector.to(model.device))

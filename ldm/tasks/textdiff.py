@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ldm.diffusion.spherical import along_arc
 from ldm.errors import LdmError
 from ldm.models.text_encoder import OpenCLIPText
 from ldm.pipeline.clip import clip_of
@@ -15,7 +14,7 @@ from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.request import GenerateRequest
 from ldm.pipeline.sample import Picture, Progress
 from ldm.pipeline.validation import shown
-from ldm.tasks.frames import Frame, draw_frames, evenly, sequence_request
+from ldm.tasks.frames import Frame, arc, draw_frames, evenly, sequence_request
 from ldm.tasks.invert import inverting
 from ldm.weights.io import printable
 
@@ -54,8 +53,8 @@ def textdiff(
     direction = text_direction(text_vectors or own_text_vectors(model), source, target)
     pair = yield from inverting(model, picture, request)
     goal = direction.to(pair.embedding) * pair.embedding.norm()
-    drawn = [Frame(request, along_arc(pair.embedding, goal, share), pair.noise) for share in shares]
-    yield from draw_frames(model, drawn)
+    told = arc(pair.embedding, goal, shares, "picture and change of caption")
+    yield from draw_frames(model, [Frame(request, embedding, pair.noise) for embedding in told])
 
 
 def text_direction(text_vectors: TextVectors, source: str, target: str) -> Tensor:

@@ -10,13 +10,11 @@ from functools import partial
 
 import torch
 
-from ldm.diffusion.guidance import Told
 from ldm.errors import LdmError
 from ldm.pipeline.latent_diffusion import LatentDiffusion
-from ldm.pipeline.prepare import Tell
 from ldm.pipeline.request import GenerateRequest
 from ldm.pipeline.sample import Picture, Progress
-from ldm.tasks.common import ToldOver, one_by_one, other_seed, refuse
+from ldm.tasks.common import ToldOver, one_by_one, other_seed, refuse, seeing
 from ldm.tasks.img2img import img2img_job
 from ldm.tasks.txt2img import txt2img_job
 
@@ -35,13 +33,7 @@ def variations(model: LatentDiffusion, request: GenerateRequest) -> Iterator[Pro
 
     def tell(told: ToldOver, one: GenerateRequest) -> ToldOver:
         see = partial(model.tell_image, embedding=embedding, noise_level=level, seed=other_seed(one))
-        return [(sigma, _seen(now, see)) for sigma, now in told]
+        return [(sigma, seeing(now, see)) for sigma, now in told]
 
     job = (txt2img_job if request.image is None else img2img_job)(model, request)
     yield from one_by_one(model, job, tell)
-
-
-def _seen(told: Told, see: Tell) -> Told:
-    """The wanted side is told the picture; the negative one keeps the zeros it has."""
-    parts = tuple((see(cond), weight) for cond, weight in told.parts)
-    return Told(parts, told.uncond)

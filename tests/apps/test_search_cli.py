@@ -143,6 +143,27 @@ def test_bad_arguments(
     assert out == "" and said in err and err.count("\n") == 1
 
 
+def test_a_bad_top_is_told_before_the_model_is_loaded(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ldm.apps.clip_inputs, "load_clip", None)
+    for top in ("0", "10001"):
+        assert main(["search", "red", "--index", str(folder), "--top", top]) == 2
+        assert f"top: found {top}, expected 1 to 10000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "two"), ("WORLD_SIZE", ""), ("RANK", "-1")])
+def test_what_no_launcher_says(
+    name: str, value: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, value)
+    assert main(["index", str(folder)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and f"{name}: found {value!r} in the environment, expected a launcher's number" in err
+    assert err.count("\n") == 1
+
+
 def test_another_model(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     other = fake_clip("b" * 64, name="other")
     monkeypatch.setattr(ldm.apps.clip_inputs, "load_clip", lambda *_, **__: other)

@@ -21,7 +21,7 @@ from ldm.apps.fields import requests_of
 from ldm.errors import LdmError
 from ldm.models.presets import SystemConfig, sd1, sd2, sd2_unclip, sd_x4_upscaler, small, tiny
 from ldm.pipeline.metadata import read_metadata
-from ldm.pipeline.request import Apg, GenerateRequest, HighRes
+from ldm.pipeline.request import Apg, GenerateRequest, HighRes, PriorUse
 from ldm.pipeline.wildcards import expand
 
 QUERY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q"
@@ -76,6 +76,10 @@ FLAGS: dict[str, dict[str, Any]] = {
     "generate x --apg-norm 2.5 --apg-parallel 1 --apg-momentum 0": {"apg": Apg(norm=2.5, parallel=1.0, momentum=0.0)},
     "generate x --refiner other.safetensors": {"refine_at": 0.8},
     "generate x --refiner other.safetensors --refine-at 0.6": {"refine_at": 0.6},
+    "generate x --prior p.safetensors": {"prior": PriorUse()},
+    "generate x --prior p.safetensors --prior-guidance 3 --prior-steps 9 --prior-choose 4": {
+        "prior": PriorUse(guidance=3.0, steps=9, choose=4),
+    },
     "generate x --highres 1.5": {"highres": HighRes(scale=1.5)},
     "generate x --highres 2 --highres-upscale lanczos --highres-strength 0.5 --highres-steps 8": {
         "highres": HighRes(scale=2.0, upscale="lanczos", strength=0.5, steps=8),

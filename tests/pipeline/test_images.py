@@ -12,7 +12,18 @@ import torch
 from PIL import Image
 
 from ldm.errors import LdmError
-from ldm.pipeline.images import MAX_BYTES, fit, picture_bytes, read_picture, shape_like, to_image, to_tensor
+from ldm.pipeline import images
+from ldm.pipeline.images import (
+    LARGE_PIXELS,
+    MAX_BYTES,
+    fit,
+    picture_bytes,
+    read_picture,
+    read_shrunk,
+    shape_like,
+    to_image,
+    to_tensor,
+)
 
 CORNERS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]]], dtype=np.uint8)
 
@@ -114,6 +125,43 @@ def test_refused(data, message):
         with pytest.raises(LdmError, match=f"^image: .*({message})") as caught:
             read_picture(data)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG", "CMYK", "turned", "palette", "transparent", "grey"])
+def test_a_large_picture_is_shrunk_where_that_is_enough(kind, monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 2**22)
+    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (13, 16, 3), dtype=np.uint8))
+    options: dict[str, object] = {}
+    if kind == "turned":
+        options["exif"] = Image.Exif()
+        options["exif"][0x112] = 6
+    if kind == "CMYK":
+        coarse = coarse.convert("CMYK")
+    if kind == "grey":
+        coarse = coarse.convert("L")
+    if kind == "transparent":
+        coarse.putalpha(Image.fromarray(np.random.default_rng(1).integers(0, 256, (13, 16), dtype=np.uint8)))
+    if kind == "palette":
+        coarse = coarse.quantize(8)
+        options["transparency"] = 3
+    name = "WEBP" if kind == "WEBP" else "JPEG" if kind in ("JPEG", "CMYK", "turned") else "PNG"
+    data = encoded(coarse.resize((2560, 2080), Image.Resampling.NEAREST), name, quality=95, **options)
+    with pytest.raises(LdmError, match="found 2560x2080, expected at most 4194304 pixels"):
+        read_picture(data)
+    expected = read_picture(encoded(coarse, **options)) if name == "PNG" else coarse.convert("RGB")
+    if kind == "turned":
+        expected = expected.transpose(Image.Transpose.ROTATE_270)
+    found = read_shrunk(data)
+    assert found.mode == "RGB" and found.size == ((1040, 1280) if kind == "turned" else (1280, 1040))
+    back = np.asarray(found.resize(expected.size, Image.Resampling.BOX), int)
+    assert np.abs(back - np.asarray(expected, int)).max() <= (20 if name == "JPEG" else 3 if kind != "WEBP" else 30)
+
+
+def test_what_is_not_too_large_is_not_shrunk():
+    assert np.array_equal(np.asarray(read_shrunk(encoded(noise()))), np.asarray(read_picture(encoded(noise()))))
+    side = int(LARGE_PIXELS**0.5) + 1
+    with pytest.raises(LdmError, match=f"found {side}x{side}, expected at most {LARGE_PIXELS} pixels; scale it down"):
+        read_shrunk(png_header(side, side))
 
 
 def test_fit_covers_and_does_not_distort():

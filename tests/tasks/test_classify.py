@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.errors import LdmError
+from ldm.evaluation.zero_shot import TEMPLATES, filled
 from ldm.pipeline.clip import CLIP
-from ldm.tasks.classify import MAX_TEMPLATES, TEMPLATES, Match, classify, filled
+from ldm.tasks.classify import MAX_TEMPLATES, Match, classify
 from ldm.tasks.score import MAX_TEXTS, score
 
 WIDTH = 6

@@ -139,3 +139,14 @@ def test_the_method(model):
 def test_what_cannot_be(fields, options, message, model):
     with pytest.raises(LdmError, match=message):
         drawn(model, asking(**fields), **options)
+
+
+def test_opposite_pictures_and_a_seed_that_is_none_are_told_before_anything_slow(model):
+    turned = replace(model)
+    object.__setattr__(turned, "image_embedding", lambda data: torch.ones(1, 32) * (1 if data is FIRST else -1))
+    events = interpolate(turned, (FIRST, SECOND), asking(), frames=2)
+    with pytest.raises(LdmError, match="embeddings of the two pictures: there is no one arc between opposite vectors"):
+        next(events)
+    events = interpolate(model, (FIRST, SECOND), asking(), frames=2, rows=(None, 9_999_999_999_999_999_999))
+    with pytest.raises(LdmError, match="seed: found 9999999999999999999"):
+        next(events)

@@ -121,3 +121,13 @@ def test_captions_that_say_the_same(model):
 def test_too_few_frames(model):
     with pytest.raises(LdmError, match="frames: found 1, expected 2 or more"):
         drawn(model, asking(), "a cat", "lion", frames=1)
+
+
+def test_a_change_away_from_the_picture_itself(model):
+    embedding = model.image_embedding(PICTURE)
+
+    def vectors(texts: Sequence[str]) -> Tensor:
+        return torch.stack([embedding[0] if text == "source" else torch.zeros(32) for text in texts])
+
+    with pytest.raises(LdmError, match="picture and change of caption: there is no one arc between opposite vectors"):
+        drawn(model, asking(), "source", "target", text_vectors=vectors)

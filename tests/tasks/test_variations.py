@@ -226,6 +226,10 @@ class TestDecoder:
         alone = decoder.tell_image(text, several[:1])
         assert torch.equal(told.vector[:1, 32:64], alone.vector[:, 32:64]), "the first row's noise is the same"
         assert told.cross.shape == (3, 81, 32)
+        beside = decoder.tell_image(text, several)
+        assert torch.equal(beside.vector, told.vector) and torch.equal(beside.cross, told.cross), "said thrice"
+        with pytest.raises(LdmError, match="embedding: found 3 rows, expected 1 or 2, one for each prompt"):
+            decoder.tell_image(Conditioning.stack([text] * 2), several)
 
     def test_an_embedding_has_length_sqrt_p(self, decoder, model):
         assert float(decoder.image_embedding(picture()).norm()) == pytest.approx(32**0.5, rel=1e-6)
