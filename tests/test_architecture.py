@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"errors"},
     "pipeline": {"errors", "types", "layers", "models", "diffusion", "samplers", "weights"},
     "search": {"errors", "types", "models", "weights", "pipeline"},
-    "tasks": {"errors", "types", "layers", "models", "diffusion", "samplers", "weights", "pipeline"},
+    "tasks": {"errors", "types", "layers", "models", "diffusion", "samplers", "weights", "pipeline", "evaluation"},
     "training": {
         "errors", "types", "layers", "models", "diffusion", "samplers", "weights", "data", "pipeline", "evaluation",
     },

@@ -1,29 +1,41 @@
 """Classification by names alone: a picture belongs to the class whose texts lie closest; Radford et al. 2021, 3.1.
 
-Shapes: N pictures, C classes, T texts of a class, P width of the common space; all vectors are unit vectors.
+Shapes: N pictures, C classes, P width of the common space; all vectors are unit vectors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.evaluation.retrieval import top_k
 
-TEMPLATES = ("{}", "a {}", "a picture of a {}", "a photo of a {}", "a drawing of a {}")
-"""What a class's name is put into; its vector is the mean over them."""
+TEMPLATES = (
+    "{}", "a {}", "an emoji of a {}", "a drawing of a {}", "a photo of a {}", "a {} on a white background",
+)  # fmt: skip
+"""What a class's name is put into, for drawn pictures and photos. `a {}` is filled as "an owl" before a vowel."""
 
 
-def class_texts(names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> list[str]:
-    """Every template of the first name, then of the second ...: C * T texts."""
-    return [template.replace("{}", name) for name in names for template in templates]
+def filled(template: str, label: str) -> str:
+    """The template with the label in its place, and "an" for "a" before a vowel."""
+    if label[:1].lower() in "aeiou":
+        template = re.sub(r"\ba (?=\{\})", "an ", template)
+    return template.replace("{}", label)
 
 
-def class_vectors(texts: Tensor, classes: int) -> Tensor:
-    """Vectors (C * T, P) of `class_texts` -> one unit vector for each class (C, P): the direction of their mean."""
-    return F.normalize(texts.unflatten(0, (classes, -1)).mean(dim=1), dim=-1)
+def class_vectors(
+    embed: Callable[[list[str]], Tensor], names: Sequence[str], templates: Sequence[str] = TEMPLATES
+) -> Tensor:
+    """One unit vector for each class (C, P): the direction of the mean of its name's in all templates (section 3.1.4).
+
+    embed: C texts -> their unit vectors (C, P)
+    """
+    each = (embed([filled(template, name) for name in names]) for template in templates)
+    return F.normalize(sum(each, start=torch.zeros(())), dim=-1)
 
 
 def accuracy(images: Tensor, classes: Tensor, labels: Tensor, at: Sequence[int] = (1, 5)) -> dict[int, float]:

@@ -19,7 +19,7 @@ from PIL import Image
 from ldm.errors import LdmError
 from ldm.pipeline.clip import BATCH, CLIP
 from ldm.pipeline.files import read_file
-from ldm.pipeline.images import MAX_BYTES, read_picture
+from ldm.pipeline.images import LARGE_BYTES, read_shrunk
 from ldm.search.scan import Bad
 from ldm.search.table import Found, Picture
 
@@ -84,11 +84,11 @@ def vectors_of(clip: CLIP, images: Sequence[Image.Image]) -> np.ndarray:
 
 def _read(folder: Path, found: Found, known: Callable[[bytes], np.ndarray | None]) -> _Read:
     try:
-        data = read_file(folder / found.path, MAX_BYTES)
+        data = read_file(folder / found.path, LARGE_BYTES)
         digest = hashlib.sha256(data).digest()
         if known(digest) is not None:
             return _Read(found, digest, known=True)
-        return _Read(found, digest, _thinned(read_picture(data)))
+        return _Read(found, digest, _thinned(read_shrunk(data)))
     except LdmError as error:
         told = str(error).removeprefix(f"{folder / found.path}: ").removeprefix("image: ")
         return _Read(found, problem=told)

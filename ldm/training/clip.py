@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from ldm.evaluation.retrieval import retrieval
-from ldm.evaluation.zero_shot import accuracy, class_texts, class_vectors
+from ldm.evaluation.zero_shot import accuracy, class_vectors
 from ldm.models.image_encoder import CLIP_DEVIATION, CLIP_MEAN
 from ldm.training.clip_data import Pairs
 from ldm.training.loop import Objective, rank_and_ranks
@@ -72,8 +72,9 @@ class CLIPObjective(Objective):
         loss: Contrast = "softmax",
         chunks: int = 1,
         labelled: Labelled | None = None,
+        config: str | None = None,
     ) -> None:
-        """tokens: captions -> ids (B, N).
+        """tokens: captions -> ids (B, N); config: a digest of what the model was built of, see `facts`.
 
         chunks: into how many parts a batch is split for the towers. Their activations are computed twice and never
         held for more than one part, so memory is one part's; loss and gradients stay those of the whole batch.
@@ -83,11 +84,12 @@ class CLIPObjective(Objective):
         self.model = model
         self.pairs, self.tokens, self.pixels = pairs, tokens, pixels
         self.loss: Contrast = loss
-        self.chunks, self.labelled = chunks, labelled
+        self.chunks, self.labelled, self.config = chunks, labelled, config
 
     def facts(self) -> dict[str, object]:
-        """The loss, and which pictures are trained on."""
-        return {"loss": self.loss, "data": self.pairs.digest()}
+        """The loss, which pictures are trained on, and the model's config where one was given."""
+        config = {} if self.config is None else {"config": self.config}
+        return {"loss": self.loss, "data": self.pairs.digest(), **config}
 
     def batch(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """images uint8 (B, 3, side, side) and ids (B, N): pictures of this rank's share, each once at most."""
@@ -137,8 +139,7 @@ class CLIPObjective(Objective):
         found |= {f"image-text@{k}": share for k, share in recall.image_to_text.items()}
         if self.labelled is None:
             return found
-        classes = self.labelled.classes
-        vectors = class_vectors(self._text_vectors(class_texts(classes)), len(classes))
+        vectors = class_vectors(self._text_vectors, self.labelled.classes)
         labels = torch.from_numpy(self.labelled.labels).to(vectors.device)
         right = accuracy(self._image_vectors(self.labelled.pictures), vectors, labels, at=(1, 5))
         return found | {f"zero-shot@{k}": share for k, share in right.items()}

@@ -25,7 +25,7 @@ from ldm.data.packed import open_packed, write_packed
 from ldm.data.records import Record, may_flip
 from ldm.errors import LdmError
 from ldm.pipeline.files import read_file
-from ldm.pipeline.images import MAX_BYTES, read_picture
+from ldm.pipeline.images import LARGE_BYTES, read_shrunk
 from ldm.weights.atomic import replacing
 from ldm.weights.io import printable
 
@@ -92,6 +92,10 @@ def open_pairs(source: Path, packed: Path, fit: Fit, *, held_out: float, mirror:
     count = len(records)
     if count < 2:
         raise LdmError(f"data: {printable(str(source))}: found {count} usable picture, expected 2 at least")
+    for number, record in enumerate(records, 1):
+        if not _is_record(record):
+            expected = 'an object with "texts", a list of captions; pack the pictures again'
+            raise LdmError(f"data: {printable(str(source))}: record {number} is not {expected}")
     order = np.random.default_rng(seed).permutation(count)
     aside = min(count - 1, max(1, round(held_out * count)))
     return Pairs(
@@ -102,6 +106,12 @@ def open_pairs(source: Path, packed: Path, fit: Fit, *, held_out: float, mirror:
         np.sort(order[aside:]),
         np.sort(order[:aside]),
     )
+
+
+def _is_record(record: object) -> bool:
+    """Whether a line of a packed set's records has captions."""
+    texts = record.get("texts") if isinstance(record, dict) else None
+    return isinstance(texts, list) and bool(texts) and all(isinstance(text, str) for text in texts)
 
 
 def _open_packed_in(folder: Path, size: int) -> tuple[np.ndarray, list[Record]] | None:
@@ -125,7 +135,7 @@ def _packed(source: Path, packed: Path, fit: Fit) -> tuple[np.ndarray, list[Reco
     files = _files(source)
     mark = {"files": _fingerprint(source, files), "size": fit.size, "resize": fit.resize, "resample": fit.resample}
     note = packed / "source.json"
-    if note.is_file() and json.loads(note.read_text()) == mark:
+    if _noted(note) == mark:
         return open_packed(packed, fit.size)
     faults: list[str] = []
     pairs = _decoded(_samples(source, files), fit, faults)
@@ -141,6 +151,14 @@ def _packed(source: Path, packed: Path, fit: Fit) -> tuple[np.ndarray, list[Reco
     with replacing(note) as file:
         file.write(json.dumps(mark).encode())
     return found
+
+
+def _noted(note: Path) -> object:
+    """What a packed set was made of; None where that is not known, or cannot be read."""
+    try:
+        return json.loads(note.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def _files(source: Path) -> list[Path]:
@@ -187,22 +205,33 @@ def _samples(source: Path, files: Sequence[Path]) -> Iterator[Sample]:
 def _of_folder(picture: Path) -> Parts | LdmError:
     try:
         beside = {path.suffix[1:]: read_file(path, MAX_CAPTION_BYTES) for path in _sidecars(picture) if path.exists()}
-        return {picture.suffix[1:].lower(): read_file(picture, MAX_BYTES), **beside}
+        return {picture.suffix[1:].lower(): read_file(picture, LARGE_BYTES), **beside}
     except LdmError as error:
         return error
 
 
 def _of_shard(path: Path) -> Iterator[Sample]:
-    """The samples of one tar; one that is broken gives what stands before the break, and one fault."""
+    """The samples of one tar; one that is broken gives what stands before the break, and one fault.
+
+    Of two files of one name the second is a fault.
+    """
     from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    twice: list[str] = []
+
+    def noted(error: Exception) -> bool:
+        twice.append(str(error.args[0]).partition(": duplicate")[0])
+        return True  # go on
 
     try:
         with path.open("rb") as stream:
-            for parts in group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}])):
+            for parts in group_by_keys(tar_file_expander([{"url": str(path), "stream": stream}]), handler=noted):
                 yield f"{path.name}/{parts['__key__']}", parts
     except (OSError, ValueError, tarfile.TarError) as error:
         reason = str(error.args[0]).partition(" @ ")[0] if error.args else type(error).__name__
         yield path.name, LdmError(f"{path.name}: not a whole tar ({reason}); copy the shard again")
+    for name in twice:
+        yield f"{path.name}/{name}", LdmError("is there twice; the first one is used")
 
 
 def _decoded(samples: Iterator[Sample], fit: Fit, faults: list[str]) -> Iterator[tuple[np.ndarray, Record]]:
@@ -231,7 +260,7 @@ def _pixels(parts: Parts, fit: Fit) -> np.ndarray:
     data = next((parts[suffix] for suffix in SUFFIXES if suffix in parts), None)
     if data is None:
         raise LdmError(f"no picture, expected {', '.join(SUFFIXES)}")
-    image = read_picture(data)
+    image = read_shrunk(data, fit.size)
     size, short = fit.size, min(image.size)
     shape = (size, size) if fit.resize == "squash" else tuple(max(size, int(size * s / short)) for s in image.size)
     if max(shape) > 64 * size:

@@ -6,15 +6,14 @@ open_clip_config.json: {"model_cfg": {...}, "preprocess_cfg": {...}}, or the for
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import open_clip
 from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor
@@ -27,6 +26,7 @@ from ldm.pipeline.files import read_file
 from ldm.training.clip import MAX_SCALE, Contrast, OpenCLIP, Pixels
 from ldm.training.clip_data import Fit
 from ldm.weights.atomic import replacing
+from ldm.weights.clip_config import named_description
 from ldm.weights.io import printable
 from ldm.weights.save import write_tensors
 
@@ -35,6 +35,10 @@ TOP_KEYS = {
     *("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"),
     *("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"),
 }
+FOLDERS = ("hf_model_name", "hf_tokenizer_name")
+"""Keys of text_cfg that name what Hugging Face would be asked for; in a config made ready, folders that are here."""
+TOLD_BY_FILES = (".json", ".txt", ".model")
+"""Endings of the files in such a folder that are not weights: a tower's sizes, and the tokenizer."""
 SIGMOID_START = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}
 """Zhai et al. 2023, section 3.2: nearly all pairs do not fit, and so it begins."""
 
@@ -55,6 +59,20 @@ class ClipConfig:
     pixels: Pixels
     fit: Fit
 
+    def folders(self) -> list[Path]:
+        """Where its text tower and its tokenizer lie, if they have folders of their own."""
+        return [Path(name) for key in FOLDERS if (name := self.model["text_cfg"].get(key))]
+
+    def digest(self) -> str:
+        """The same for the same network, tokenizer and preparation of pictures, whatever their names and places."""
+        text = {key: value for key, value in self.model["text_cfg"].items() if key not in FOLDERS}
+        told = [{**self.model, "text_cfg": text}, asdict(self.pixels), asdict(self.fit)]
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+        for path in (path for folder in self.folders() for path in sorted(folder.iterdir())):
+            if path.suffix in TOLD_BY_FILES and path.is_file():
+                digest.update(hashlib.sha256(read_file(path, 2**28)).digest())
+        return digest.hexdigest()[:16]
+
 
 def read_config(name: str, loss: Contrast, text_model: Path | None = None) -> ClipConfig:
     """The config called `name`, made ready for the loss, its text model and tokenizer in a folder that is there.
@@ -70,7 +88,7 @@ def read_config(name: str, loss: Contrast, text_model: Path | None = None) -> Cl
     vision, text = (dict(_section(told, model, key)) for key in ("vision_cfg", "text_cfg"))
     _check_keys(f"{told}: vision_cfg", vision, {field.name for field in fields(CLIPVisionCfg)})
     _check_keys(f"{told}: text_cfg", text, {field.name for field in fields(CLIPTextCfg)})
-    for key in ("hf_model_name", "hf_tokenizer_name"):
+    for key in FOLDERS:
         if text.get(key):
             text[key] = str(_local(told, key, text[key], text_model))
     vision["timm_model_pretrained"] = False
@@ -170,26 +188,9 @@ def _find(name: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """A config's model_cfg and preprocess_cfg, by name or from a file."""
     if name == "small":
         return small_config(SMALL_TEXT, SMALL_IMAGE), {"mean": SMALL_IMAGE.mean, "std": SMALL_IMAGE.deviation}
-    path = Path(name) / CONFIG_FILE if Path(name).is_dir() else Path(name)
-    if path.suffix != ".json":
-        return _known(name), {}
-    try:
-        told = json.loads(read_file(path, 2**20))
-    except (ValueError, RecursionError) as error:
-        raise LdmError(f"config: {printable(name)}: is not JSON ({error})") from None
-    model = told.get("model_cfg", told) if isinstance(told, dict) else None
-    if not isinstance(model, dict):
-        raise LdmError(f"config: {printable(name)}: expected a JSON object with embed_dim, vision_cfg and text_cfg")
-    return model, _section(name, told, "preprocess_cfg") if "preprocess_cfg" in told else {}
-
-
-def _known(name: str) -> dict[str, Any]:
-    known = open_clip.list_models()
-    if name not in known:
-        near = get_close_matches(name, known, 3, 0.5) or ["small", "ViT-B-32", "ViT-B-16"]
-        remedy = f"such as {', '.join(near)}, or a JSON file"
-        raise LdmError(f"config: found {printable(name)}, expected one of open_clip's {len(known)} names, {remedy}")
-    return cast(dict[str, Any], open_clip.get_model_config(name))
+    file = Path(name) / CONFIG_FILE
+    described = named_description(str(file) if file.is_file() else name)
+    return described["model_cfg"], described["preprocess_cfg"]
 
 
 def _section(name: str, model: Mapping[str, Any], key: str) -> Mapping[str, Any]:

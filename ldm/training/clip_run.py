@@ -15,7 +15,7 @@ from ldm.errors import LdmError
 from ldm.pipeline.files import read_file
 from ldm.training.clip import CLIPObjective, Contrast, Labelled
 from ldm.training.clip_data import Pairs, open_pairs
-from ldm.training.clip_model import MODEL_FILE, build, export, read_config, tokenizer
+from ldm.training.clip_model import MODEL_FILE, ClipConfig, build, export, read_config, tokenizer
 from ldm.training.loop import LoopConfig, first_rank_first, rank_and_ranks, train
 from ldm.weights.io import printable
 
@@ -50,6 +50,7 @@ def train_clip(run: ClipRun, loop: LoopConfig) -> Path:
     """
     _check(run, loop)
     config = read_config(run.config, run.loss, run.text_model)
+    _check_output(run, config)
     with first_rank_first():
         pairs = open_pairs(
             run.data, run.output / "data", config.fit, held_out=run.held_out, mirror=run.mirror, seed=loop.seed
@@ -61,7 +62,10 @@ def train_clip(run: ClipRun, loop: LoopConfig) -> Path:
     tokens = tokenizer(config)
     torch.manual_seed(loop.seed)
     model = build(config)
-    objective = CLIPObjective(model, pairs, tokens, config.pixels, loss=run.loss, chunks=run.chunks, labelled=labelled)
+    objective = CLIPObjective(
+        model, pairs, tokens, config.pixels,
+        loss=run.loss, chunks=run.chunks, labelled=labelled, config=config.digest(),
+    )  # fmt: skip
     log.info("%s: %.1f M parameters, %d pictures", config.name, _millions(model), len(pairs.kept))
     average = train(objective, loop, run.output)
     average.swap(objective)
@@ -114,6 +118,16 @@ def _check(run: ClipRun, loop: LoopConfig) -> None:
             raise LdmError(f"{name}: found {number}, expected 0 or more")
     if loop.precision == "fp16" and not torch.cuda.is_available():
         raise LdmError("precision: fp16 needs a GPU; use bf16 or no")
+
+
+def _check_output(run: ClipRun, config: ClipConfig) -> None:
+    """Raise LdmError where the run's files would take the place of somebody's."""
+    output, shown = run.output.resolve(), printable(str(run.output))
+    sources = [*config.folders(), *([] if run.text_model is None else [run.text_model])]
+    if output in (folder.resolve() for folder in sources):
+        raise LdmError(f"output: found {shown}, where the text model lies and would be overwritten; choose another")
+    if (output / MODEL_FILE).exists() and not any(output.glob("step-*")):
+        raise LdmError(f"output: {shown} holds {MODEL_FILE}, which no run here has made; choose another")
 
 
 def _millions(model: torch.nn.Module) -> float:

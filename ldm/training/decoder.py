@@ -8,6 +8,7 @@ Shapes: B batch, N pictures, P width of the embedding, K image tokens, D text wi
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ from ldm.pipeline.unclip import in_scale
 from ldm.training.diffusion import DiffusionObjective
 from ldm.training.loop import Objective
 from ldm.training.whitening import Whitening
+from ldm.weights.atomic import replacing
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +159,24 @@ def encode_embeddings(tower: ImageTower, pictures: np.ndarray, batch: int = 64) 
         if start % (batch * 50) == 0:
             log.info("embedded %d of %d pictures", start, len(pictures))
     return found
+
+
+def kept_embeddings(path: Path, tower: ImageTower, pictures: np.ndarray) -> np.ndarray:
+    """`encode_embeddings`, mapped from the .npy file `path`; made anew where that is none of this tower's pictures.
+
+    Beside it, with the ending .mark, lies which tower they are of: a digest of its config and weights.
+    """
+    digest = hashlib.sha256(repr(tower.config).encode())
+    for name, tensor in sorted(tower.state_dict().items()):
+        digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+    mark, wanted = path.with_suffix(".mark"), f"{digest.hexdigest()} {len(pictures)}\n".encode()
+    if not (path.is_file() and mark.is_file() and mark.read_bytes() == wanted):
+        mark.unlink(missing_ok=True)  # so that a stop half-way leaves no mark of another tower's
+        with replacing(path) as file:
+            np.save(file, encode_embeddings(tower, pictures))
+        with replacing(mark) as file:
+            file.write(wanted)
+    return np.load(path, mmap_mode="r")
 
 
 def augmentor_of(embeddings: np.ndarray) -> NoiseAugmentor:

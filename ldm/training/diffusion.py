@@ -20,13 +20,12 @@ from ldm.diffusion.prediction import PredictionType, training_target
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.state import noised
 from ldm.models.unet import UNet
+from ldm.training.draws import draws_from
 from ldm.training.loop import Objective
 from ldm.training.whitening import TextWhitening
 from ldm.types import Conditioning
 
 Preview = Callable[[UNet, Path], None]
-NO_CAPTION = -1
-"""The row of `LatentPictures.states` and `pooled` that is of no caption."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,7 @@ class DiffusionObjective(Objective):
         self.schedule, self.data = schedule, data
         self.prediction: PredictionType = prediction
         self.denoiser = Denoiser(unet, schedule, prediction)
-        share = np.ones(len(data)) if share is None else share.copy()
-        share[list(held_out)] = 0.0
-        self.cumulative = torch.from_numpy(np.cumsum(share / share.sum()))
+        self.draws = draws_from(data.flips, data.first, held_out, share)
         self.density = timestep_density(schedule, prediction, gamma)
         self.held_out, self.drop, self.gamma, self.preview = list(held_out), drop, gamma, preview
 
@@ -82,32 +79,28 @@ class DiffusionObjective(Objective):
 
         And which pictures they are, and whether mirrored, both (B,).
         """
-        chosen = torch.searchsorted(self.cumulative, torch.rand(count, generator=generator).double())
-        chosen = chosen.clamp(max=len(self.data) - 1).tolist()
-        return self._rows(chosen, self.density, generator, self.drop)
+        return self._rows(self.draws.pictures(count, generator), self.density, generator, self.drop)
 
     def _rows(
         self, chosen: Sequence[int], density: Tensor, generator: torch.Generator, drop: float
     ) -> dict[str, Tensor]:
         data = self.data
         timestep = torch.multinomial(density, len(chosen), replacement=True, generator=generator)
-        draw = torch.rand(len(chosen), 3, generator=generator).tolist()
-        latents, mirrored, rows = [], [], []
-        for i, (mirror, caption, leave_out) in zip(chosen, draw, strict=True):
-            mirrored.append(bool(data.flips[i]) and mirror < 0.5)
-            latents.append(data.latents[i, ..., ::-1] if mirrored[-1] else data.latents[i])
-            first, last = data.first[i], data.first[i + 1]
-            rows.append(NO_CAPTION if leave_out < drop else first + int(caption * (last - first)))
+        drawn = self.draws.told(chosen, generator, drop)
+        latents = [
+            data.latents[i, ..., ::-1] if mirrored else data.latents[i]
+            for i, mirrored in zip(chosen, drawn.mirrored, strict=True)
+        ]
         x0 = torch.from_numpy(np.stack(latents)).float()
         return {
             "latents": x0,
             "noise": torch.randn(x0.shape, generator=generator),
             "timestep": timestep,
             "density": density[timestep].float(),
-            "states": data.whitening.states(_rows_of(data.states, rows)),
-            "pooled": data.whitening.pooled(_rows_of(data.pooled, rows)),
-            "pictures": torch.tensor(chosen),
-            "mirrored": torch.tensor(mirrored),
+            "states": data.whitening.states(_rows_of(data.states, drawn.rows)),
+            "pooled": data.whitening.pooled(_rows_of(data.pooled, drawn.rows)),
+            "pictures": torch.from_numpy(drawn.pictures),
+            "mirrored": torch.from_numpy(drawn.mirrored),
         }
 
     def compile(self) -> None:
@@ -147,6 +140,6 @@ class DiffusionObjective(Objective):
         return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
 
 
-def _rows_of(array: np.ndarray, rows: Sequence[int]) -> Tensor:
+def _rows_of(array: np.ndarray, rows: np.ndarray) -> Tensor:
     """Some rows of an array that may lie on disk, float32."""
     return torch.from_numpy(np.stack([array[row] for row in rows])).float()

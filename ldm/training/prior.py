@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Told
@@ -23,7 +22,7 @@ from ldm.diffusion.state import noised
 from ldm.models.autoregressive_prior import AutoregressivePrior
 from ldm.models.prior import Prior
 from ldm.pipeline.prior import image_embeddings
-from ldm.training.diffusion import NO_CAPTION
+from ldm.training.draws import NO_CAPTION, Drawn, Draws, draws_from
 from ldm.training.loop import Batch, Objective
 from ldm.training.prior_data import PriorPictures, fold_text
 from ldm.training.prior_retrieval import recall
@@ -33,12 +32,13 @@ PREVIEWED = 256
 """How many held-out captions are asked for embeddings when a prior looks at itself."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Draw:
-    """What both objectives draw from: the pictures, how likely each is, and how likely its caption is left out."""
+    """What both objectives draw from: the pictures, those held out, and how likely a caption is left out."""
 
     data: PriorPictures
-    cumulative: Tensor
+    draws: Draws
+    held_out: list[int]
     drop: float
 
     def __call__(self, count: int, generator: torch.Generator) -> Batch:
@@ -46,31 +46,33 @@ class Draw:
 
         One caption of each picture, and the picture as it is or mirrored.
         """
-        chosen = torch.searchsorted(self.cumulative, torch.rand(count, generator=generator).double())
-        chosen = chosen.clamp(max=len(self.cumulative) - 1).tolist()
-        draw = torch.rand(count, 3, generator=generator)
-        first, last = self.data.first[chosen], self.data.first[[i + 1 for i in chosen]]
-        captions = first + (draw[:, 0].numpy() * (last - first)).astype(np.int64)
-        dropped = draw[:, 1] < self.drop
-        rows = np.where(dropped.numpy(), len(self.data.lengths) + NO_CAPTION, captions)
-        mirrored = self.data.flips[chosen] & (draw[:, 2] < 0.5).numpy()
-        embedding = torch.from_numpy(self.data.embeddings[chosen, mirrored.astype(int)]).float()
-        plain = self.data.vectors(captions.tolist())
-        return batch_of(self.data, rows.tolist(), embedding) | {"plain": plain, "dropped": dropped}
+        return self._batch(self.draws.told(self.draws.pictures(count, generator), generator, self.drop))
+
+    def aside(self) -> Batch:
+        """The same of the pictures held out, each as it is, with its first caption."""
+        captions = self.first_captions()
+        return self._batch(Drawn(np.array(self.held_out), np.zeros(len(captions), bool), captions, captions))
+
+    def first_captions(self) -> np.ndarray:
+        """Of the pictures held out, by row."""
+        return self.data.first[self.held_out]
+
+    def _batch(self, drawn: Drawn) -> Batch:
+        cond = self.data.white(self.data.told(drawn.rows.tolist()))
+        assert cond.cross is not None and cond.vector is not None and cond.words is not None
+        return {
+            "embedding": torch.from_numpy(self.data.embeddings[drawn.pictures, drawn.mirrored.astype(int)]).float(),
+            "states": cond.cross,
+            "vector": cond.vector,
+            "words": cond.words,
+            "plain": self.data.vectors(drawn.captions.tolist()),
+            "dropped": torch.from_numpy(drawn.rows == NO_CAPTION),
+        }
 
 
 def draw_from(data: PriorPictures, held_out: Sequence[int], share: np.ndarray | None, drop: float) -> Draw:
     """share: how likely each picture is drawn, None: all alike; those held out never are."""
-    share = np.ones(len(data.embeddings)) if share is None else share.copy()
-    share[list(held_out)] = 0.0
-    return Draw(data, torch.from_numpy(np.cumsum(share / share.sum())), drop)
-
-
-def batch_of(data: PriorPictures, rows: Sequence[int], embedding: Tensor) -> Batch:
-    """Captions by row and the embeddings (B, P) of their pictures, as a batch."""
-    cond = data.white(data.told(rows))
-    assert cond.cross is not None and cond.vector is not None and cond.words is not None
-    return {"embedding": embedding, "states": cond.cross, "vector": cond.vector, "words": cond.words}
+    return Draw(data, draws_from(data.flips, data.first, held_out, share), list(held_out), drop)
 
 
 def _told(batch: Batch) -> Conditioning:
@@ -91,9 +93,8 @@ class PriorObjective(Objective):
     ) -> None:
         """The prior knows its statistics (`set_statistics`); the rest is as `draw_from` says."""
         super().__init__()
-        self.prior, self.data, self.held_out = prior, data, list(held_out)
+        self.prior, self.draw = prior, draw_from(data, held_out, share, drop)
         self.denoiser = Denoiser(prior, NOISE_SCHEDULES[prior.config.schedule](), "x0")
-        self.draw = draw_from(data, held_out, share, drop)
 
     def batch(self, count: int, generator: torch.Generator) -> Batch:
         """What `Draw` gives, noise (B, P) and timestep (B,)."""
@@ -117,11 +118,8 @@ class PriorObjective(Objective):
         The noise is the same every time.
         """
         generator = torch.Generator().manual_seed(1)
-        rows, embedding = _held_out(self.data, self.held_out)
-        batch = self._noised(batch_of(self.data, rows, embedding), generator)
-        device = next(self.prior.parameters()).device
-        loss = self({name: t.to(device) for name, t in batch.items()})["loss"]
-        return {"held_out": float(loss), "recall@1": _recall(self.prior, self.data, self.held_out, steps=10)}
+        batch = self._noised(self.draw.aside(), generator)
+        return {"held_out": _loss(self, batch), "recall@1": _recall(self.prior, self.draw, steps=10)}
 
 
 class CodesObjective(Objective):
@@ -138,18 +136,18 @@ class CodesObjective(Objective):
     ) -> None:
         """The prior knows how to spell (`set_speller`); the rest is as `draw_from` says."""
         super().__init__()
-        self.prior, self.data, self.held_out = prior, data, list(held_out)
-        self.draw = draw_from(data, held_out, share, drop)
+        self.prior, self.draw = prior, draw_from(data, held_out, share, drop)
 
     def batch(self, count: int, generator: torch.Generator) -> Batch:
         """What `Draw` gives, and which codes and similarity that is, (B, K) and (B,)."""
         return self._spelled(self.draw(count, generator))
 
     def _spelled(self, batch: Batch) -> Batch:
-        speller = copy.deepcopy(self.prior.speller).cpu()
-        similarity = speller.similarity(batch["plain"], batch["embedding"])
+        speller = self.prior.speller
+        embedding, plain = batch["embedding"].to(speller.mean), batch["plain"].to(speller.mean)
+        similarity = speller.similarity(plain, embedding).cpu()
         similarity = similarity.masked_fill(batch["dropped"], self.prior.codes.similarities)
-        return batch | {"codes": speller.encode(batch["embedding"]), "similarity": similarity}
+        return batch | {"codes": speller.encode(embedding).cpu(), "similarity": similarity}
 
     def forward(self, batch: Batch) -> Batch:
         """-> loss, in nats a code."""
@@ -159,35 +157,22 @@ class CodesObjective(Objective):
 
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:
         """As `PriorObjective.evaluate`, but of fewer captions: spelling takes a step a code."""
-        rows, embedding = _held_out(self.data, self.held_out)
-        plain, dropped = self.data.vectors(rows), torch.zeros(len(rows), dtype=torch.bool)
-        batch = self._spelled(batch_of(self.data, rows, embedding) | {"plain": plain, "dropped": dropped})
-        device = next(self.prior.parameters()).device
-        loss = self({name: t.to(device) for name, t in batch.items()})["loss"]
-        return {
-            "held_out": float(loss),
-            "recall@1": _recall(self.prior, self.data, self.held_out, count=PREVIEWED // 4),
-        }
+        batch = self._spelled(self.draw.aside())
+        return {"held_out": _loss(self, batch), "recall@1": _recall(self.prior, self.draw, count=PREVIEWED // 4)}
 
 
-def _held_out(data: PriorPictures, pictures: Sequence[int]) -> tuple[list[int], Tensor]:
-    """The first captions of these pictures, and their embeddings (B, P)."""
-    return data.first[list(pictures)].tolist(), torch.from_numpy(data.embeddings[list(pictures), 0]).float()
+def _loss(objective: PriorObjective | CodesObjective, batch: Batch) -> float:
+    device = next(objective.prior.parameters()).device
+    return float(objective({name: tensor.to(device) for name, tensor in batch.items()})["loss"])
 
 
-def _recall(
-    prior: Prior | AutoregressivePrior,
-    data: PriorPictures,
-    pictures: Sequence[int],
-    *,
-    count: int = PREVIEWED,
-    steps: int = 1,
-) -> float:
-    """R@1 of one plain sample for each of the first `count` captions, among all these pictures."""
-    rows, gallery = _held_out(data, pictures)
+def _recall(prior: Prior | AutoregressivePrior, draw: Draw, *, count: int = PREVIEWED, steps: int = 1) -> float:
+    """R@1 of one plain sample for each of the first `count` captions held out, among all the pictures held out."""
+    data, rows = draw.data, draw.first_captions()
     cond = data.told([*rows[:count], NO_CAPTION]).to(device=next(prior.parameters()).device)
     plain = copy.deepcopy(prior)
     fold_text(plain, data.whitening)
+    gallery = torch.from_numpy(data.embeddings[draw.held_out, 0]).float()
     asked = len(rows[:count])
     told = Told(((cond.select(slice(asked)), 1.0),), cond.select(torch.full((asked,), asked)))
     samples = image_embeddings(plain, told, guidance=1.0, steps=steps, choose=1)

@@ -8,8 +8,10 @@
     small-decoder       the network again, told CLIP image embeddings besides: a file of its own
     small-prior         captions -> CLIP image embeddings, by diffusion: a file of its own
     small-prior-ar      the same code by code
+    small-upsampler     pictures -> the same twice as large: a file of its own, which needs none of the others
+    small-judge         pictures -> what they show: a classifier that judges the models, and needs none of them
 
-The same stages with "gpu-" in front learn at 256 x 256 and in large batches.
+The same stages with "gpu-" in front learn at 256 x 256 and in large batches. The upsampler always learns at 256 x 256.
 """
 
 from __future__ import annotations
@@ -19,20 +21,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ldm.errors import LdmError
-from ldm.models.presets import small
+from ldm.models.presets import SystemConfig, small, small_upsampler
 from ldm.training import stages
+from ldm.training.judge import train_judge
 from ldm.training.loop import LoopConfig
 from ldm.training.stages import Workspace
+from ldm.training.upsampler_stage import train_upsampler
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A stage: what it does in a line, what to run, and for how long where it is a training loop."""
+    """A stage: what it does in a line, what to run, and for how long where it is a training loop.
+
+    size: of the pictures; preset: what is built of them.
+    """
 
     summary: str
     run: Callable[[Workspace, LoopConfig | None], None]
     loop: LoopConfig | None = None
     size: int = 128
+    preset: Callable[[int], SystemConfig] = small
 
 
 def run(name: str, output: Path | None = None, *, pictures: Path = Path("runs/data"), steps: int | None = None) -> None:
@@ -47,7 +55,7 @@ def run(name: str, output: Path | None = None, *, pictures: Path = Path("runs/da
         raise LdmError(f"steps: {name} is no training loop; leave it out")
     loop = recipe.loop if recipe.loop is None or steps is None else replace(recipe.loop, steps=steps)
     family = name.split("-", 1)[0]
-    recipe.run(Workspace(pictures, output or Path("runs") / family, small(recipe.size)), loop)
+    recipe.run(Workspace(pictures, output or Path("runs") / family, recipe.preset(recipe.size)), loop)
 
 
 SMALL = {
@@ -75,15 +83,16 @@ SMALL = {
         log_every=10,
     ),
     "unet": LoopConfig(
-        steps=40_000,
+        steps=20_000,
         batch=64,
-        rate=1e-3,
-        warmup=500,
-        cooldown=3_000,
+        rate=1.5e-3,
+        optimizer="muon",
+        warmup=200,
+        cooldown=2_000,
         ema=0.9995,
         compile=True,
         save_every=500,
-        evaluate_every=2000,
+        evaluate_every=1000,
     ),
     "decoder": LoopConfig(
         steps=6_000,
@@ -118,8 +127,31 @@ SMALL = {
         save_every=250,
         evaluate_every=500,
     ),
+    "upsampler": LoopConfig(
+        steps=3_000,
+        batch=16,
+        rate=1e-3,
+        warmup=100,
+        cooldown=1_000,
+        ema=0.998,
+        compile=True,
+        save_every=250,
+        evaluate_every=500,
+    ),
+    "judge": LoopConfig(
+        steps=4_000,
+        batch=128,
+        rate=2e-3,
+        warmup=200,
+        schedule="cosine",
+        ema=0.998,
+        weight_decay=0.05,
+        save_every=500,
+        evaluate_every=500,
+    ),
 }
-"""For two CPU cores that do nothing else: about 20 minutes, 40 minutes, six hours and one more for the decoder."""
+"""For two CPU cores that do nothing else: about 20 minutes, 40 minutes, six hours, one more for the decoder and half of
+one for the upsampler."""
 
 GPU = {
     "autoencoder": LoopConfig(
@@ -190,6 +222,28 @@ GPU = {
         save_every=1000,
         evaluate_every=1000,
     ),
+    "upsampler": LoopConfig(
+        steps=40_000,
+        batch=64,
+        rate=1e-3,
+        warmup=500,
+        cooldown=10_000,
+        ema=0.9995,
+        compile=True,
+        save_every=2000,
+        evaluate_every=2000,
+    ),
+    "judge": LoopConfig(
+        steps=10_000,
+        batch=512,
+        rate=2e-3,
+        warmup=500,
+        schedule="cosine",
+        ema=0.9995,
+        weight_decay=0.05,
+        save_every=2000,
+        evaluate_every=1000,
+    ),
 }
 """For one GPU, at 256 x 256. Not yet run."""
 
@@ -204,10 +258,15 @@ def _family(name: str, size: int, loops: dict[str, LoopConfig]) -> dict[str, Rec
         "decoder": ("the denoising network, told CLIP image embeddings too", stages.train_decoder),
         "prior": ("the prior: captions to CLIP image embeddings", stages.train_prior),
         "prior-ar": ("the autoregressive prior, code by code", stages.train_prior_ar),
+        "judge": ("a classifier of pictures, to judge the others by", train_judge),
     }
     return {
         f"{name}-{stage}": Recipe(summary, function, loops.get(stage), size)
         for stage, (summary, function) in functions.items()
+    } | {
+        f"{name}-upsampler": Recipe(
+            "the upsampler: pictures twice as large", train_upsampler, loops["upsampler"], 256, small_upsampler
+        )
     }
 
 

@@ -41,8 +41,8 @@ from ldm.training.decoder import (
     DROP_TEXT,
     DecoderObjective,
     augmentor_of,
-    encode_embeddings,
     first_tokens,
+    kept_embeddings,
     plain_tokens,
     widened,
 )
@@ -317,12 +317,7 @@ def _image(work: Workspace) -> ImageTower:
 
 def _embeddings(work: Workspace, pictures: np.ndarray) -> np.ndarray:
     """What the image tower says of all pictures, kept beside their latents: encoding those anew forgets it."""
-    path = work.stage("latents") / "embeddings.npy"
-    if not path.is_file():
-        unfinished = path.with_suffix(".tmp.npy")
-        np.save(unfinished, encode_embeddings(_image(work), pictures))
-        unfinished.replace(path)
-    return np.load(path, mmap_mode="r")
+    return kept_embeddings(work.stage("latents") / "embeddings.npy", _image(work), pictures)
 
 
 def _prior_pictures(work: Workspace) -> tuple[PriorPictures, np.ndarray, list[int], np.ndarray]:

@@ -154,6 +154,15 @@ def test_bad_files_are_skipped_and_named(folder: Path) -> None:
         assert picture.found.path == open_index(folder).listing.path(row)
 
 
+def test_a_photo_of_24_megapixels_is_indexed(tmp_path: Path) -> None:
+    folder = gallery(tmp_path / "pictures", 3)
+    Image.new("RGB", (6000, 4000), "red").save(folder / "photo.jpg")
+    report = update(folder, tmp_path / "index", fake_clip())
+    assert not report.bad
+    (best,) = open_index(tmp_path / "index").search(fake_clip().text_vectors(["red"]).numpy(), 1)[0]
+    assert best.path.name == "photo.jpg" and best.score == pytest.approx(1, abs=1e-3)
+
+
 def test_folders_without_pictures(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(LdmError, match=r"empty: holds no pictures; expected \.png"):

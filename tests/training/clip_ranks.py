@@ -5,6 +5,7 @@ Usage: clip_ranks.py FOLDER, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT 
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from pathlib import Path
@@ -68,6 +69,7 @@ def main(folder: Path) -> None:
     with first_rank_first():
         (folder / f"entered-{rank_and_ranks()[0]}-of-{len(list(folder.glob('entered-*')))}").touch()
     rank, _ = rank_and_ranks()
+    logging.basicConfig(level=logging.INFO, filename=folder / f"log-{rank}")
     for loss, chunks in CASES:
         save_file(gradients(loss, chunks), folder / f"{loss}-{chunks}-{rank}.safetensors")
     save_file(trained(folder / "whole", stop=False), folder / f"whole-{rank}.safetensors")

@@ -99,6 +99,36 @@ def test_a_broken_shard_gives_what_stands_before_the_break(tmp_path: Path, caplo
     assert "b.tar: not a whole tar" in caplog.text and "c.tar: not a whole tar" in caplog.text
 
 
+def test_a_file_that_is_in_a_shard_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (("0.png", png(colour(0))), ("0.txt", b"zero"), ("0.png", png(colour(9))),
+                           ("1.png", png(colour(1))), ("1.txt", b"one")):  # fmt: skip
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    pairs = opened(tmp_path / "a.tar", tmp_path / "packed")
+    assert captions(pairs) == {"a.tar/0": ["zero"], "a.tar/1": ["one"]}
+    assert tuple(pairs.pictures[0, 8, 8]) == colour(0)
+    assert "a.tar/0.png: is there twice; the first one is used" in caplog.text and "whole tar" not in caplog.text
+
+
+@pytest.mark.parametrize("harm", [b"", b'{"files": ', b"\xff\xfe", b"[]"])
+def test_a_damaged_note_means_that_pictures_are_decoded_anew(harm: bytes, folder: Path, tmp_path: Path) -> None:
+    first = opened(folder, tmp_path / "packed")
+    (tmp_path / "packed" / "source.json").write_bytes(harm)
+    assert opened(folder, tmp_path / "packed").digest() == first.digest()
+    assert json.loads((tmp_path / "packed" / "source.json").read_text())["size"] == 16
+
+
+@pytest.mark.parametrize("record", ['{"kind": "emoji"}', '{"texts": []}', '{"texts": "cat"}', '{"texts": [1]}', "7"])
+def test_a_packed_set_without_captions(record: str, tmp_path: Path) -> None:
+    pictures = ((np.zeros((16, 16, 3), np.uint8), {"texts": ["a"]}) for _ in range(2))
+    write_packed(pictures, tmp_path, 16, "pictures")
+    (tmp_path / "pictures.jsonl").write_text(f'{{"texts": ["a"]}}\n{record}\n')
+    with pytest.raises(LdmError, match=r'record 2 is not an object with "texts", a list of captions; pack'):
+        opened(tmp_path, tmp_path / "never")
+
+
 def test_a_packed_set_is_used_as_it_is(tmp_path: Path) -> None:
     records = [({"texts": [f"number {i}, to the left"], "key": f"k{i}"}) for i in range(4)]
     for side in (16, 32):

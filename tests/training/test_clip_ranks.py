@@ -79,6 +79,11 @@ def test_a_signal_to_one_rank_stops_both_and_resuming_changes_nothing(folder: Pa
         assert torch.equal(weight, parts[name]), f"{name}: another run"
 
 
+def test_the_first_rank_alone_says_that_it_has_stopped(folder: Path) -> None:
+    said = [(folder / f"log-{rank}").read_text().count(f"stopped at step {STOP_AT}, saved") for rank in range(2)]
+    assert said == [1, 0]
+
+
 def test_the_first_rank_prepares_files_while_the_other_waits(folder: Path) -> None:
     assert sorted(path.name for path in folder.glob("entered-*")) == ["entered-0-of-0", "entered-1-of-1"]
 

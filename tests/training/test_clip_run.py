@@ -129,7 +129,7 @@ def test_a_signal_saves_and_the_resumed_run_ends_in_the_very_same_weights(
         def tokens(texts: list[str]) -> Tensor:
             nonlocal calls
             calls += 1
-            if calls == 9:
+            if calls == 14:  # in step 7: one a step, and in the evaluation after step 4 one and one a template
                 signal.raise_signal(signal.SIGTERM)
             return ordinary(texts)
 
@@ -148,6 +148,11 @@ def test_a_signal_saves_and_the_resumed_run_ends_in_the_very_same_weights(
         train_clip(replace(run, loss="sigmoid"), loop)
     with pytest.raises(LdmError, match="begun with data = "):
         train_clip(replace(run, held_out=0.3), loop)
+    (tmp_path / "other.json").write_text(json.dumps(CONFIG | {"quick_gelu": True}))  # of the same tensors
+    with pytest.raises(LdmError, match=r"begun with config = \w{16}, now \w{16}; give another --output"):
+        train_clip(replace(run, config=str(tmp_path / "other.json")), loop)
+    shutil.copy(shapes / "config.json", tmp_path / "renamed.json")
+    train_clip(replace(run, config=str(tmp_path / "renamed.json")), loop)
 
 
 def same_vectors(ours: OpenCLIP, folder: Path, ids: Tensor) -> None:
@@ -225,6 +230,35 @@ def test_a_multilingual_text_tower_comes_from_a_folder(hugging_face: Path, tmp_p
     assert isinstance(theirs, HFTokenizer) and torch.equal(theirs(["ein roter Kreis", "赤い 円"]), ids)
 
 
+def test_the_digest_of_a_config_is_of_what_it_says_and_not_of_where_it_lies(hugging_face: Path, tmp_path: Path) -> None:
+    name, moved = multilingual(tmp_path), tmp_path / "moved"
+    shutil.copytree(hugging_face, moved)
+    assert read_config(name, "softmax", moved).digest() == read_config(name, "softmax", hugging_face).digest()
+    words = (moved / "tokenizer.json").read_text()
+    (moved / "tokenizer.json").write_text(words.replace("Kreis", "Kreiz"))
+    assert read_config(name, "softmax", moved).digest() != read_config(name, "softmax", hugging_face).digest()
+    (tmp_path / "c.json").write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": {"mean": [0.4] * 3}}))
+    (tmp_path / "d.json").write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": {"mean": [0.5] * 3}}))
+    assert len({read_config(str(tmp_path / file), "softmax").digest() for file in ("c.json", "d.json")}) == 2
+
+
+def test_nobodys_files_are_overwritten(shapes: Path, hugging_face: Path, tmp_path: Path) -> None:
+    run = replace(run_of(shapes, hugging_face), config=multilingual(tmp_path), text_model=hugging_face)
+    before = {path.name: path.read_bytes() for path in hugging_face.iterdir()}
+    with pytest.raises(LdmError, match=r"output: found .*xlm, where the text model lies and would be overwritten"):
+        train_clip(run, LOOP)
+    told = json.loads(Path(run.config).read_text())
+    told["text_cfg"] |= {"hf_model_name": str(hugging_face), "hf_tokenizer_name": str(hugging_face)}
+    Path(run.config).write_text(json.dumps(told))
+    with pytest.raises(LdmError, match=r"where the text model lies"):
+        train_clip(replace(run, text_model=None, output=hugging_face / ".." / "xlm"), LOOP)
+    assert {path.name: path.read_bytes() for path in hugging_face.iterdir()} == before
+    (tmp_path / "open_clip_model.safetensors").write_bytes(b"theirs")
+    with pytest.raises(LdmError, match=r"holds open_clip_model.safetensors, which no run here has made"):
+        train_clip(run_of(shapes, tmp_path), LOOP)
+    assert (tmp_path / "open_clip_model.safetensors").read_bytes() == b"theirs"
+
+
 def test_what_would_be_downloaded_or_run_is_refused(hugging_face: Path, tmp_path: Path) -> None:
     name = multilingual(tmp_path)
     with pytest.raises(LdmError, match=r"hf_model_name: xlm-roberta-base is no folder.*nothing is downloaded"):
@@ -247,9 +281,9 @@ def test_what_would_be_downloaded_or_run_is_refused(hugging_face: Path, tmp_path
 @pytest.mark.parametrize(
     ("told", "expected"),
     [
-        ("{", "is not JSON"),
-        ("[]", "expected a JSON object"),
-        ('{"embed_dim": 8}', "vision_cfg is None"),
+        ("{", "is no JSON that can be read"),
+        ("[]", "is no JSON object"),
+        ('{"embed_dim": 8}', "has no 'vision_cfg'"),
         (json.dumps(CONFIG | {"_target_": "os.system"}), "unknown _target_, expected of custom_text, embed_dim"),
         (json.dumps(CONFIG | {"vision_cfg": {"layer": 2}}), "vision_cfg: unknown layer, expected of act_kwargs"),
         (json.dumps(CONFIG | {"text_cfg": {"width": 33, "heads": 2}}), "cannot be built|cannot build it"),
@@ -273,7 +307,7 @@ def test_what_each_loss_starts_from() -> None:
 
 
 def test_names_of_configs() -> None:
-    with pytest.raises(LdmError, match=r"found ViT-B32, expected one of open_clip's \d+ names, such as .*ViT-B-32"):
+    with pytest.raises(LdmError, match=r"config ViT-B32: open_clip has none of that name; perhaps .*ViT-B-32"):
         read_config("ViT-B32", "softmax")
     with pytest.raises(LdmError, match="also writes captions"):
         read_config("coca_ViT-B-32", "softmax")

@@ -19,6 +19,7 @@ from ldm.training.decoder import (
     augmentor_of,
     encode_embeddings,
     first_tokens,
+    kept_embeddings,
     plain_tokens,
     widened,
 )
@@ -214,6 +215,22 @@ def test_embeddings_of_pictures_and_of_them_mirrored() -> None:
     turned = encode_embeddings(tower, pictures[:, :, ::-1]).astype(np.float32)
     np.testing.assert_allclose(turned[:, 0], found[:, 1], atol=5e-3)
     assert np.abs(found[:, 0] - found[:, 1]).max() > 0.01
+
+
+def test_kept_embeddings_are_of_this_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ImageConfig(32, 1, 2, projection=EMBEDDING, patch=8, size=16, resample="box")
+    one, other = ImageTower(config).eval(), ImageTower(config).eval()
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    path = tmp_path / "embeddings.npy"
+    np.save(path, np.zeros((3, 2, EMBEDDING), np.float16))  # nobody knows whose
+    first = kept_embeddings(path, one, pictures).copy()
+    np.testing.assert_array_equal(first, encode_embeddings(one, pictures))
+    np.testing.assert_array_equal(kept_embeddings(path, other, pictures), encode_embeddings(other, pictures))
+    np.testing.assert_array_equal(kept_embeddings(path, one, pictures), first)
+    assert len(kept_embeddings(path, one, pictures[:2])) == 2
+    kept_embeddings(path, one, pictures)
+    monkeypatch.setattr("ldm.training.decoder.encode_embeddings", None)
+    np.testing.assert_array_equal(kept_embeddings(path, one, pictures), first)
 
 
 def test_the_augmentor_knows_mean_and_deviation(embeddings: np.ndarray) -> None:
