@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldm.diffusion.prediction import PredictionType
+from ldm.diffusion.denoiser import Denoiser
+from ldm.diffusion.prediction import PredictionType, training_target
 from ldm.diffusion.schedule import NoiseSchedule
+from ldm.diffusion.state import noised
+from ldm.types import Conditioning
 
 
 def snr_weight(sigma: Tensor, prediction: PredictionType, gamma: float = 5.0, floor: float = 1.0) -> Tensor:
@@ -25,6 +28,20 @@ def snr_weight(sigma: Tensor, prediction: PredictionType, gamma: float = 5.0, fl
             return clipped / snr
         case "v":
             return clipped / (snr + 1)
+
+
+def weighted_error(
+    denoiser: Denoiser, x0: Tensor, noise: Tensor, timestep: Tensor, cond: Conditioning, gamma: float
+) -> Tensor:
+    """Weighted squared error of the network's own prediction, the mean over each row of x0, (B,).
+
+    Computed by the same Denoiser that samplers use. timestep: (B,)
+    """
+    sigma = denoiser.schedule.sigma(timestep)  # on the CPU in float64, where the schedule is
+    output, _ = denoiser.output(noised(x0, noise, sigma), sigma, cond)
+    target = training_target(denoiser.prediction, x0, noise, sigma)
+    error = (output.float() - target).square().flatten(1).mean(dim=1)
+    return error * snr_weight(sigma, denoiser.prediction, gamma).to(error)
 
 
 def timestep_density(schedule: NoiseSchedule, prediction: PredictionType, gamma: float = 5.0) -> Tensor:

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.loss import snr_weight, timestep_density
-from ldm.diffusion.prediction import PredictionType, training_target
+from ldm.diffusion.loss import timestep_density, weighted_error
+from ldm.diffusion.prediction import PredictionType
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.diffusion.state import noised
 from ldm.models.unet import UNet
 from ldm.training.draws import draws_from
 from ldm.training.loop import Objective
@@ -68,7 +67,6 @@ class DiffusionObjective(Objective):
         super().__init__()
         self.unet = unet.to(memory_format=torch.channels_last)
         self.schedule, self.data = schedule, data
-        self.prediction: PredictionType = prediction
         self.denoiser = Denoiser(unet, schedule, prediction)
         self.draws = draws_from(data.flips, data.first, held_out, share)
         self.density = timestep_density(schedule, prediction, gamma)
@@ -113,15 +111,10 @@ class DiffusionObjective(Objective):
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The weighted error of each row, (B,)."""
-        x0, noise = batch["latents"], batch["noise"]
-        sigma = self.schedule.sigma(batch["timestep"])  # on the CPU in float64, where the schedule is
         vector = None if self.unet.config.vector_width is None else batch["pooled"]
         cond = Conditioning(cross=batch["states"], vector=vector)
-        output, _ = self.denoiser.output(noised(x0, noise, sigma), sigma, cond)
-        target = training_target(self.prediction, x0, noise, sigma)
-        error = (output.float() - target).square().flatten(1).mean(dim=1)
-        weight = snr_weight(sigma, self.prediction, self.gamma).to(error)
-        return error * weight / batch["density"]
+        x0, noise, timestep = batch["latents"], batch["noise"], batch["timestep"]
+        return weighted_error(self.denoiser, x0, noise, timestep, cond, self.gamma) / batch["density"]
 
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:
         """The loss on held-out pictures with noise that is the same every time, and whatever `preview` draws."""

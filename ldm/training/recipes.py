@@ -150,8 +150,8 @@ SMALL = {
         evaluate_every=500,
     ),
 }
-"""For two CPU cores that do nothing else: about 20 minutes, 40 minutes, six hours, one more for the decoder and half of
-one for the upsampler."""
+"""For two CPU cores that do nothing else: about 20 minutes, 40 minutes, seven hours, one more for the decoder and half
+of one for the upsampler."""
 
 GPU = {
     "autoencoder": LoopConfig(

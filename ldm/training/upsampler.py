@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.loss import snr_weight, timestep_density
-from ldm.diffusion.prediction import PredictionType, training_target
+from ldm.diffusion.loss import timestep_density, weighted_error
+from ldm.diffusion.prediction import PredictionType
 from ldm.diffusion.schedule import NoiseSchedule
-from ldm.diffusion.state import noised
 from ldm.layers.embeddings import sinusoidal_embedding
 from ldm.models.pixel_blocks import PixelBlocks
 from ldm.models.unet import UNet
@@ -62,7 +61,6 @@ class UpsamplerObjective(Objective):
         assert unet.config.classes is not None
         self.unet, self.first_stage = unet.to(memory_format=torch.channels_last), first_stage
         self.schedule, self.levels = schedule, unet.config.classes
-        self.prediction: PredictionType = prediction
         self.denoiser = Denoiser(unet, schedule, prediction)
         self.pictures, self.kept, self.held_out, self.crop = pictures, kept, held_out, crop
         self.density = timestep_density(schedule, prediction, gamma)
@@ -104,13 +102,10 @@ class UpsamplerObjective(Objective):
 
     def loss(self, batch: Batch) -> Tensor:
         """The weighted error of each row, (B,)."""
-        noise, (details, seen) = batch["noise"], self.details(batch)
-        sigma = self.schedule.sigma(batch["timestep"])
+        details, seen = self.details(batch)
         cond = Conditioning(concat=seen, vector=batch["level"])
-        output, _ = self.denoiser.output(noised(details, noise, sigma), sigma, cond)
-        target = training_target(self.prediction, details, noise, sigma)
-        error = (output.float() - target).square().flatten(1).mean(dim=1)
-        return error * snr_weight(sigma, self.prediction, self.gamma).to(error) / batch["density"]
+        error = weighted_error(self.denoiser, details, batch["noise"], batch["timestep"], cond, self.gamma)
+        return error / batch["density"]
 
     def details(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the network is to draw of each crop, (B, z, h, h), and what it sees, the small picture (B, 3, h, h)."""
