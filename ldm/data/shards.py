@@ -42,7 +42,7 @@ def read_shards(paths: Iterable[Path], skipped: list[str] | None = None) -> Iter
     no captions.
     """
     for path in paths:
-        if not _ends_like_a_tar(path):
+        if not ends_like_a_tar(path):
             fault(f"{path}: incomplete, does not end as a tar does; copy the shard again", skipped)
         for name, parts in _members(path, skipped):
             try:
@@ -106,7 +106,7 @@ def _sample(name: str, parts: dict[str, bytes]) -> Sample:
     return Sample(name, record, image)
 
 
-def _ends_like_a_tar(path: Path) -> bool:
+def ends_like_a_tar(path: Path) -> bool:
     """A tar ends with two blocks of zeros; without this look, one cut between two members would read as whole."""
     try:
         with path.open("rb") as file:

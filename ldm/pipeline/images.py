@@ -1,6 +1,6 @@
 """Pictures as files, as PIL images and as tensors.
 
-Tensors are (3, H, W) float32 in [-1, 1]. Colours are taken as sRGB: an embedded colour profile is not applied.
+Tensors are (3, H, W) float32 in [-1, 1], colours sRGB: a file in other colours says so by its profile.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ DAMAGED = (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error)
 def read_picture(data: bytes) -> Image.Image:
     """A PNG, JPEG or WebP file's bytes -> an upright RGB image; of an animation the first frame.
 
-    The format is told by the content. EXIF orientation is applied, transparency laid over white. Raises `LdmError`
-    for anything else, for a truncated file, and above 20 MiB or 16 Mpx.
+    The format is told by the content. EXIF orientation is applied, an embedded profile's colours are turned into sRGB,
+    transparency is laid over white. Raises `LdmError` for anything else, for a truncated file, and above 20 MiB or
+    16 Mpx.
     """
-    return _read(data, _flat)
+    return _read(data, _colored)
 
 
 def read_shrunk(data: bytes, side: int = SHRUNK_SIDE) -> Image.Image:
@@ -45,7 +46,7 @@ def read_shrunk(data: bytes, side: int = SHRUNK_SIDE) -> Image.Image:
 
     Above 16 Mpx it comes smaller by a whole factor, its shorter side still `side` or 1024 pixels, the larger, or more.
     """
-    return _read(data, _flat, max(side, SHRUNK_SIDE))
+    return _read(data, _colored, max(side, SHRUNK_SIDE))
 
 
 def read_mask(data: bytes) -> Image.Image:
@@ -153,6 +154,26 @@ def _flat(image: Image.Image, ground: str = "white") -> Image.Image:
         above = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", above.size, ground), above).convert("RGB")
     return image.convert("RGB")
+
+
+def _colored(image: Image.Image) -> Image.Image:
+    """Any mode, and the colours of any profile -> RGB, in sRGB. A profile that cannot be read counts as none."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode in ("I", "I;16", "LA"):
+        return _flat(image)
+    from PIL import ImageCms
+
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if ImageCms.getProfileDescription(source).lower().startswith("srgb"):
+            return _flat(image)
+        if image.mode == "P" or image.has_transparency_data:
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        mode = image.mode if image.mode == "RGBA" else "RGB"
+        turned = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return _flat(image)
+    return _flat(image if turned is None else turned)
 
 
 def what_is(data: bytes) -> str:

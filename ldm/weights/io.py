@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, NoReturn
 import torch
 from torch import Tensor
 
-from ldm.errors import LdmError
+from ldm.errors import LdmError, printable
 
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -116,11 +116,6 @@ class Header:
     def needed(self) -> int:
         """How many bytes the file has when it is whole."""
         return self.data_start + max((tensor.end for tensor in self.tensors.values()), default=0)
-
-
-def printable(text: str) -> str:
-    """The text on one line, with everything that a terminal would obey instead of show written as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def some(names: Sequence[str], shown: int = 10) -> str:
