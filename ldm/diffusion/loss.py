@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -30,26 +32,68 @@ def snr_weight(sigma: Tensor, prediction: PredictionType, gamma: float = 5.0, fl
             return clipped / (snr + 1)
 
 
+@dataclass(frozen=True)
+class Weighing:
+    """What an error of the network's prediction counts.
+
+    gamma, floor: of `snr_weight`; gamma None: every level counts alike, as in Ho et al. 2020, eq. 14
+    huber:        errors are squared up to about this size and count by their size beyond it (pseudo-Huber,
+                  2 huber (sqrt(d^2 + huber^2) - huber)); None: all are squared
+    """
+
+    gamma: float | None = 5.0
+    floor: float = 1.0
+    huber: float | None = None
+
+    def level(self, sigma: Tensor, prediction: PredictionType) -> Tensor:
+        """The weight of each sigma, (B,)."""
+        if self.gamma is None:
+            return torch.ones_like(sigma)
+        return snr_weight(sigma, prediction, self.gamma, self.floor)
+
+    def size(self, difference: Tensor) -> Tensor:
+        """What each difference counts."""
+        if self.huber is None:
+            return difference.square()
+        return 2 * self.huber * ((difference.square() + self.huber**2).sqrt() - self.huber)
+
+
 def weighted_error(
-    denoiser: Denoiser, x0: Tensor, noise: Tensor, timestep: Tensor, cond: Conditioning, gamma: float
+    denoiser: Denoiser,
+    x0: Tensor,
+    noise: Tensor,
+    timestep: Tensor,
+    cond: Conditioning,
+    weighing: Weighing,
+    *,
+    shown: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Weighted squared error of the network's own prediction, the mean over each row of x0, (B,).
+    """Weighted error of the network's own prediction, the mean over each row of x0, (B,).
 
     Computed by the same Denoiser that samplers use. timestep: (B,)
+    shown: the noise that the network sees, where it is to speak of another (input perturbation, Ning et al. 2023)
+    mask:  (B, 1, h, w) in [0, 1], how much each place counts
     """
     sigma = denoiser.schedule.sigma(timestep)  # on the CPU in float64, where the schedule is
-    output, _ = denoiser.output(noised(x0, noise, sigma), sigma, cond)
+    output, _ = denoiser.output(noised(x0, noise if shown is None else shown, sigma), sigma, cond)
     target = training_target(denoiser.prediction, x0, noise, sigma)
-    error = (output.float() - target).square().flatten(1).mean(dim=1)
-    return error * snr_weight(sigma, denoiser.prediction, gamma).to(error)
+    size = weighing.size(output.float() - target)
+    error = (size if mask is None else size * mask).flatten(1).mean(dim=1)
+    return error * weighing.level(sigma, denoiser.prediction).to(error)
 
 
-def timestep_density(schedule: NoiseSchedule, prediction: PredictionType, gamma: float = 5.0) -> Tensor:
+DEFAULT_WEIGHING = Weighing()
+
+
+def timestep_density(
+    schedule: NoiseSchedule, prediction: PredictionType, weighing: Weighing = DEFAULT_WEIGHING
+) -> Tensor:
     """How often each timestep should be drawn, (T,) float64 with mean 1: half as its weight says, half evenly.
 
     Drawn so and divided by this density, the loss has the same mean as with even timesteps, and less variance: low
     noise levels weigh next to nothing. The even half bounds what a rare timestep can count (Owen & Zhou 2000).
     """
     timesteps = torch.arange(len(schedule))
-    weight = snr_weight(schedule.sigma(timesteps), prediction, gamma)
+    weight = weighing.level(schedule.sigma(timesteps), prediction)
     return 0.5 + 0.5 * weight / weight.mean()

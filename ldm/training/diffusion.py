@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.loss import timestep_density, weighted_error
+from ldm.diffusion.loss import DEFAULT_WEIGHING, Weighing, timestep_density, weighted_error
 from ldm.diffusion.prediction import PredictionType
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.unet import UNet
 from ldm.training.draws import draws_from
-from ldm.training.loop import Objective
+from ldm.training.objective import Batch, Draw, Objective
 from ldm.training.whitening import TextWhitening
 from ldm.types import Conditioning
 
@@ -60,7 +60,7 @@ class DiffusionObjective(Objective):
         *,
         share: np.ndarray | None = None,
         drop: float = 0.1,
-        gamma: float = 5.0,
+        weighing: Weighing = DEFAULT_WEIGHING,
         preview: Preview | None = None,
     ) -> None:
         """share: how likely each picture is drawn; drop: how likely its caption is left out; held_out: never drawn."""
@@ -69,19 +69,17 @@ class DiffusionObjective(Objective):
         self.schedule, self.data = schedule, data
         self.denoiser = Denoiser(unet, schedule, prediction)
         self.draws = draws_from(data.flips, data.first, held_out, share)
-        self.density = timestep_density(schedule, prediction, gamma)
-        self.held_out, self.drop, self.gamma, self.preview = list(held_out), drop, gamma, preview
+        self.density = timestep_density(schedule, prediction, weighing)
+        self.held_out, self.drop, self.weighing, self.preview = list(held_out), drop, weighing, preview
 
-    def batch(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def batch(self, draw: Draw) -> Batch:
         """latents and noise (B, C, h, w), timestep and its density (B,), text states (B, N, D) and pooled (B, P).
 
         And which pictures they are, and whether mirrored, both (B,).
         """
-        return self._rows(self.draws.pictures(count, generator), self.density, generator, self.drop)
+        return self._rows(self.draws.pictures(draw.count, draw.generator), self.density, draw.generator, self.drop)
 
-    def _rows(
-        self, chosen: Sequence[int], density: Tensor, generator: torch.Generator, drop: float
-    ) -> dict[str, Tensor]:
+    def _rows(self, chosen: Sequence[int], density: Tensor, generator: torch.Generator, drop: float) -> Batch:
         data = self.data
         timestep = torch.multinomial(density, len(chosen), replacement=True, generator=generator)
         drawn = self.draws.told(chosen, generator, drop)
@@ -105,16 +103,16 @@ class DiffusionObjective(Objective):
         """Compile the network alone: the maths around it runs in float64 on the CPU."""
         self.unet.compile()
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> Batch:
         """-> loss."""
         return {"loss": self.loss(batch).mean()}
 
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """The weighted error of each row, (B,)."""
         vector = None if self.unet.config.vector_width is None else batch["pooled"]
         cond = Conditioning(cross=batch["states"], vector=vector)
         x0, noise, timestep = batch["latents"], batch["noise"], batch["timestep"]
-        return weighted_error(self.denoiser, x0, noise, timestep, cond, self.gamma) / batch["density"]
+        return weighted_error(self.denoiser, x0, noise, timestep, cond, self.weighing) / batch["density"]
 
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:
         """The loss on held-out pictures with noise that is the same every time, and whatever `preview` draws."""
@@ -123,7 +121,7 @@ class DiffusionObjective(Objective):
             self.preview(self.unet, folder / f"samples-{step:06d}.png")
         return {"held_out": float(torch.cat(losses).mean())}
 
-    def held_out_batches(self) -> list[dict[str, Tensor]]:
+    def held_out_batches(self) -> list[Batch]:
         """All held-out pictures with their captions, at levels and with noise that are the same every time."""
         generator = torch.Generator().manual_seed(1)
         device = next(self.unet.parameters()).device

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.loss import timestep_density, weighted_error
+from ldm.diffusion.loss import DEFAULT_WEIGHING, Weighing, timestep_density, weighted_error
 from ldm.diffusion.prediction import PredictionType
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.layers.embeddings import sinusoidal_embedding
@@ -24,7 +24,7 @@ from ldm.models.pixel_blocks import PixelBlocks
 from ldm.models.unet import UNet
 from ldm.pipeline.upscaling import details_of, noised_picture
 from ldm.training.autoencoder import to_unit
-from ldm.training.loop import Batch, Objective
+from ldm.training.objective import Batch, Draw, Objective
 from ldm.types import Conditioning
 
 Preview = Callable[[UNet, Path], dict[str, float]]
@@ -50,12 +50,12 @@ class UpsamplerObjective(Objective):
         held_out: np.ndarray,
         crop: int,
         *,
-        gamma: float = 5.0,
+        weighing: Weighing = DEFAULT_WEIGHING,
         preview: Preview | None = None,
     ) -> None:
         """pictures: uint8 (N, size, size, 3), large; crop: the side of what is shown of one.
 
-        kept, held_out: numbers of the pictures that are trained on, and of those that are not. gamma: of `snr_weight`.
+        kept, held_out: numbers of the pictures that are trained on, and of those that are not.
         """
         super().__init__()
         assert unet.config.classes is not None
@@ -63,15 +63,15 @@ class UpsamplerObjective(Objective):
         self.schedule, self.levels = schedule, unet.config.classes
         self.denoiser = Denoiser(unet, schedule, prediction)
         self.pictures, self.kept, self.held_out, self.crop = pictures, kept, held_out, crop
-        self.density = timestep_density(schedule, prediction, gamma)
-        self.gamma, self.preview = gamma, preview
+        self.density = timestep_density(schedule, prediction, weighing)
+        self.weighing, self.preview = weighing, preview
 
-    def batch(self, count: int, generator: torch.Generator) -> Batch:
+    def batch(self, draw: Draw) -> Batch:
         """crops (B, 3, H, H) in [-1, 1] and the same in small (B, 3, h, h), some blurred; small_noise for these, and
         noise (B, z, h, h) for the details; level, timestep and its density (B,).
         """
-        chosen = self.kept[torch.randint(len(self.kept), (count,), generator=generator).numpy()]
-        return self._of(chosen, self.density, generator)
+        chosen = self.kept[torch.randint(len(self.kept), (draw.count,), generator=draw.generator).numpy()]
+        return self._of(chosen, self.density, draw.generator)
 
     def _of(self, chosen: np.ndarray, density: Tensor, generator: torch.Generator) -> Batch:
         count, crop, config = len(chosen), self.crop, self.first_stage.config
@@ -104,7 +104,7 @@ class UpsamplerObjective(Objective):
         """The weighted error of each row, (B,)."""
         details, seen = self.details(batch)
         cond = Conditioning(concat=seen, vector=batch["level"])
-        error = weighted_error(self.denoiser, details, batch["noise"], batch["timestep"], cond, self.gamma)
+        error = weighted_error(self.denoiser, details, batch["noise"], batch["timestep"], cond, self.weighing)
         return error / batch["density"]
 
     def details(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,7 @@ def gaussian_blur(pictures: Tensor, deviation: Tensor) -> Tensor:
 def measure_deviation(objective: UpsamplerObjective, crops: int = 512) -> None:
     """Tell the objective's first stage how large the details are that it will meet, from so many crops."""
     generator = torch.Generator().manual_seed(0)
-    batches = [objective.batch(min(32, crops), generator) for _ in range(max(1, crops // 32))]
+    batches = [objective.batch(Draw(min(32, crops), n, generator)) for n in range(max(1, crops // 32))]
     objective.first_stage.deviation.fill_(1.0)
     details = torch.cat([objective.details(batch)[0] for batch in batches])
     objective.first_stage.deviation.copy_(details.square().mean(dim=(0, 2, 3)).sqrt().clamp(min=1e-3))
