@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ldm.apps.options import TrainClip
 from ldm.training.clip_run import ClipRun, train_clip
-from ldm.training.loop import LoopConfig, rank_and_ranks
+from ldm.training.engine.loop import LoopConfig
+from ldm.training.engine.ranks import rank_and_ranks
 
 WARMUP = 0.05
 """The share of the steps over which the rate rises."""

@@ -19,7 +19,6 @@ from ldm.pipeline.clip import CLIP
 from ldm.pipeline.files import reason
 from ldm.search import nearest
 from ldm.search.embed import embed
-from ldm.search.lock import locked
 from ldm.search.scan import Bad, scan
 from ldm.search.store import (
     RECORD,
@@ -51,6 +50,7 @@ from ldm.search.table import (
 )
 from ldm.weights.atomic import replacing
 from ldm.weights.io import printable
+from ldm.weights.lock import locked
 
 Progress = Callable[[str, float], None]
 """What is being done, and the share of it that is."""
@@ -117,7 +117,7 @@ def update(
     Raises `LdmError` for a folder without a readable picture, another CLIP's or folder's index, a damaged one.
     """
     _create(index)
-    with locked(index):
+    with locked(index, "--index"):
         record = _begin(folder, index, clip, rebuild)
         meet()
         embedded = 0
@@ -150,7 +150,7 @@ def update_share(
         meet()
         return report
     _create(index)
-    with locked(index, shared=True):
+    with locked(index, "--index", shared=True):
         record = _record(folder, index, clip)
         return _embed_missing(folder, index, clip, record, share, progress)[1]
 

@@ -6,7 +6,7 @@
     nearest-T.faiss        the approximate index, where there are many pictures
     piece-T.npz            vectors that a run has saved and that no table holds yet
     report.json            what the last run could not read
-    lock                   see lock.py
+    lock                   see ldm.weights.lock
 
 T is random. A file that the record does not name, and that is no piece, was left by a run that was killed.
 """

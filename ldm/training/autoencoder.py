@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.training.loop import Objective
+from ldm.training.engine.objective import Batch, Draw, Objective
 from ldm.training.sheets import save_sheet
 
 Transform = Literal["none", "halve", "mirror"]
@@ -56,8 +56,9 @@ class AutoencoderObjective(Objective):
         self.pictures, self.kept, self.held_out = pictures, kept, held_out
         self.crop, self.weights = crop, loss
 
-    def batch(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def batch(self, draw: Draw) -> Batch:
         """Random crops (B, 3, crop, crop) in [-1, 1], the latent's noise, and which transform to ask for."""
+        count, generator = draw.count, draw.generator
         size, crop = self.pictures.shape[1], self.crop
         index = self.kept[torch.randint(len(self.kept), (count,), generator=generator).numpy()].tolist()
         corner = torch.randint(size - crop + 1, (count, 2), generator=generator).tolist()
@@ -68,7 +69,7 @@ class AutoencoderObjective(Objective):
         choice = torch.rand((), generator=generator)
         return {"images": images, "noise": noise, "halve": choice < 0.25, "mirror": choice > 0.75}
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> Batch:
         """-> loss, and its parts."""
         transform: Transform = "halve" if batch["halve"] else "mirror" if batch["mirror"] else "none"
         return self.losses(batch["images"].contiguous(memory_format=torch.channels_last), batch["noise"], transform)

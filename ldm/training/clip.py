@@ -26,7 +26,8 @@ from ldm.evaluation.retrieval import retrieval
 from ldm.evaluation.zero_shot import accuracy, class_vectors
 from ldm.models.image_encoder import CLIP_DEVIATION, CLIP_MEAN
 from ldm.training.clip_data import Pairs
-from ldm.training.loop import Objective, rank_and_ranks
+from ldm.training.engine.objective import Batch, Draw, Objective
+from ldm.training.engine.ranks import rank_and_ranks
 
 Contrast = Literal["softmax", "sigmoid"]
 OpenCLIP = CLIP | CustomTextCLIP
@@ -91,23 +92,27 @@ class CLIPObjective(Objective):
         config = {} if self.config is None else {"config": self.config}
         return {"loss": self.loss, "data": self.pairs.digest(), **config}
 
-    def batch(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def rows_meet(self) -> bool:
+        """A pair is told from the others of its batch."""
+        return True
+
+    def batch(self, draw: Draw) -> Batch:
         """images uint8 (B, 3, side, side) and ids (B, N): pictures of this rank's share, each once at most."""
         rank, ranks = rank_and_ranks()
         share = self.pairs.kept[rank::ranks]
-        chosen: list[int] = share[torch.randperm(len(share), generator=generator)[:count].numpy()].tolist()
-        draw = torch.rand(len(chosen), 2, generator=generator).tolist()
+        chosen: list[int] = share[torch.randperm(len(share), generator=draw.generator)[: draw.count].numpy()].tolist()
+        random = torch.rand(len(chosen), 2, generator=draw.generator).tolist()
         images = self._pictures(chosen)
-        mirror = torch.tensor([bool(self.pairs.flips[i]) and u < 0.5 for i, (u, _) in zip(chosen, draw, strict=True)])
+        mirror = torch.tensor([bool(self.pairs.flips[i]) and u < 0.5 for i, (u, _) in zip(chosen, random, strict=True)])
         images = torch.where(mirror[:, None, None, None], images.flip(-1), images)
         captions = [self.pairs.texts[i] for i in chosen]
-        drawn = [texts[int(u * len(texts))] for texts, (_, u) in zip(captions, draw, strict=True)]
+        drawn = [texts[int(u * len(texts))] for texts, (_, u) in zip(captions, random, strict=True)]
         return {"images": images, "ids": self.tokens(drawn)}
 
     def _pictures(self, numbers: Sequence[int] | np.ndarray) -> Tensor:
         return torch.from_numpy(np.stack([self.pairs.pictures[i] for i in numbers])).permute(0, 3, 1, 2)
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> Batch:
         """-> loss, and how often a picture's own caption is the nearest in the batch."""
         parts = zip(batch["images"].chunk(self.chunks), batch["ids"].chunk(self.chunks), strict=True)
         if self.chunks == 1:

@@ -16,7 +16,8 @@ from ldm.pipeline.files import read_file
 from ldm.training.clip import CLIPObjective, Contrast, Labelled
 from ldm.training.clip_data import Pairs, open_pairs
 from ldm.training.clip_model import MODEL_FILE, ClipConfig, build, export, read_config, tokenizer
-from ldm.training.loop import LoopConfig, first_rank_first, rank_and_ranks, train
+from ldm.training.engine.loop import LoopConfig, train
+from ldm.training.engine.ranks import first_rank_first, rank_and_ranks
 from ldm.weights.io import printable
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def train_clip(run: ClipRun, loop: LoopConfig) -> Path:
     """Train, or resume what `run.output` holds; returns the file of the averaged weights, beside it its config.
 
     open_clip loads both: `open_clip.create_model("local-dir:OUTPUT")`. Raises LdmError for bad input, before a model is
-    built, and as `ldm.training.loop.train` does.
+    built, and as `ldm.training.engine.loop.train` does.
     """
     _check(run, loop)
     config = read_config(run.config, run.loss, run.text_model)

@@ -27,7 +27,7 @@ from ldm.models.unet import UNet, UNetConfig
 from ldm.pipeline.clip import clip_pixels
 from ldm.pipeline.unclip import in_scale
 from ldm.training.diffusion import DiffusionObjective
-from ldm.training.loop import Objective
+from ldm.training.engine.objective import Batch, Draw, Objective
 from ldm.training.whitening import Whitening
 from ldm.weights.atomic import replacing
 
@@ -64,11 +64,11 @@ class DecoderObjective(Objective):
         self.embeddings, self.drop, self.preview = embeddings, drop, preview
         self.levels = cosine()
 
-    def batch(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def batch(self, draw: Draw) -> Batch:
         """`DiffusionObjective`'s, and embedding and its noise (B, P), its level and whether it is told (B,)."""
-        return self._with_embeddings(self.diffusion.batch(count, generator), generator, self.drop)
+        return self._with_embeddings(self.diffusion.batch(draw), draw.generator, self.drop)
 
-    def _with_embeddings(self, batch: dict[str, Tensor], generator: torch.Generator, drop: float) -> dict[str, Tensor]:
+    def _with_embeddings(self, batch: Batch, generator: torch.Generator, drop: float) -> Batch:
         chosen, mirrored = batch["pictures"].cpu().numpy(), batch["mirrored"].cpu().numpy()
         embedding = torch.from_numpy(self.embeddings[chosen, mirrored.astype(int)]).float()
         drawn = {
@@ -83,11 +83,11 @@ class DecoderObjective(Objective):
         """Compile the network alone."""
         self.diffusion.compile()
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> Batch:
         """-> loss."""
         return {"loss": self.loss(batch).mean()}
 
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """The weighted error of each row, (B,)."""
         alpha, sigma = self.levels.alpha_sigma(batch["level"])
         seen = self.augmentor(batch["embedding"], batch["embedding_noise"], batch["level"], alpha, sigma)

@@ -20,7 +20,7 @@ from ldm.diffusion.prediction import PredictionType
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.unet import UNet
 from ldm.training.draws import draws_from
-from ldm.training.objective import Batch, Draw, Objective
+from ldm.training.engine.objective import Batch, Draw, Objective
 from ldm.training.whitening import TextWhitening
 from ldm.types import Conditioning
 

@@ -23,7 +23,8 @@ from ldm.errors import LdmError
 from ldm.evaluation.judge import GROUPS, Judge, JudgeConfig
 from ldm.evaluation.retrieval import top_k
 from ldm.training.autoencoder import to_unit
-from ldm.training.loop import Batch, LoopConfig, Objective, train
+from ldm.training.engine.loop import LoopConfig, train
+from ldm.training.engine.objective import Batch, Draw, Objective
 from ldm.training.stages import HELD_OUT_EVERY, Workspace
 from ldm.weights.config_json import record_from_json
 from ldm.weights.io import printable, some
@@ -86,15 +87,15 @@ class JudgeObjective(Objective):
         """The concepts that it is taught."""
         return {"concepts": len(self.judge.config.concepts)}
 
-    def batch(self, count: int, generator: torch.Generator) -> Batch:
+    def batch(self, draw: Draw) -> Batch:
         """Pictures (B, 3, size, size) in [-1, 1], each changed in its own way, and their labels (B,)."""
-        draws = torch.rand(count, 2, generator=generator).double()
+        draws = torch.rand(draw.count, 2, generator=draw.generator).double()
         chosen = []
         for one, other in draws.tolist():
             numbers = self.by_class[int(one * len(self.by_class))]
             chosen.append(int(numbers[int(other * len(numbers))]))
         plain = to_unit(np.stack([self.pictures[i] for i in chosen]))
-        changed = altered(plain, torch.from_numpy(self.flips[chosen]), generator)
+        changed = altered(plain, torch.from_numpy(self.flips[chosen]), draw.generator)
         return {"pictures": changed, "labels": torch.from_numpy(self.labels[chosen])}
 
     def forward(self, batch: Batch) -> Batch:

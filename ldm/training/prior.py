@@ -23,7 +23,7 @@ from ldm.models.autoregressive_prior import AutoregressivePrior
 from ldm.models.prior import Prior
 from ldm.pipeline.prior import image_embeddings
 from ldm.training.draws import NO_CAPTION, Drawn, Draws, draws_from
-from ldm.training.loop import Batch, Objective
+from ldm.training.engine.objective import Batch, Draw, Objective
 from ldm.training.prior_data import PriorPictures, fold_text
 from ldm.training.prior_retrieval import recall
 from ldm.types import Conditioning
@@ -33,7 +33,7 @@ PREVIEWED = 256
 
 
 @dataclass(frozen=True, eq=False)
-class Draw:
+class Pairs:
     """What both objectives draw from: the pictures, those held out, and how likely a caption is left out."""
 
     data: PriorPictures
@@ -41,12 +41,12 @@ class Draw:
     held_out: list[int]
     drop: float
 
-    def __call__(self, count: int, generator: torch.Generator) -> Batch:
+    def __call__(self, draw: Draw) -> Batch:
         """embedding (B, P), what is told of it (see `_told`), plain: its text's vector, dropped: whether it has none.
 
         One caption of each picture, and the picture as it is or mirrored.
         """
-        return self._batch(self.draws.told(self.draws.pictures(count, generator), generator, self.drop))
+        return self._batch(self.draws.told(self.draws.pictures(draw.count, draw.generator), draw.generator, self.drop))
 
     def aside(self) -> Batch:
         """The same of the pictures held out, each as it is, with its first caption."""
@@ -70,9 +70,9 @@ class Draw:
         }
 
 
-def draw_from(data: PriorPictures, held_out: Sequence[int], share: np.ndarray | None, drop: float) -> Draw:
+def pairs_from(data: PriorPictures, held_out: Sequence[int], share: np.ndarray | None, drop: float) -> Pairs:
     """share: how likely each picture is drawn, None: all alike; those held out never are."""
-    return Draw(data, draws_from(data.flips, data.first, held_out, share), list(held_out), drop)
+    return Pairs(data, draws_from(data.flips, data.first, held_out, share), list(held_out), drop)
 
 
 def _told(batch: Batch) -> Conditioning:
@@ -91,14 +91,14 @@ class PriorObjective(Objective):
         share: np.ndarray | None = None,
         drop: float = 0.1,
     ) -> None:
-        """The prior knows its statistics (`set_statistics`); the rest is as `draw_from` says."""
+        """The prior knows its statistics (`set_statistics`); the rest is as `pairs_from` says."""
         super().__init__()
-        self.prior, self.draw = prior, draw_from(data, held_out, share, drop)
+        self.prior, self.pairs = prior, pairs_from(data, held_out, share, drop)
         self.denoiser = Denoiser(prior, NOISE_SCHEDULES[prior.config.schedule](), "x0")
 
-    def batch(self, count: int, generator: torch.Generator) -> Batch:
-        """What `Draw` gives, noise (B, P) and timestep (B,)."""
-        return self._noised(self.draw(count, generator), generator)
+    def batch(self, draw: Draw) -> Batch:
+        """What `Pairs` gives, noise (B, P) and timestep (B,)."""
+        return self._noised(self.pairs(draw), draw.generator)
 
     def _noised(self, batch: Batch, generator: torch.Generator) -> Batch:
         shape = batch["embedding"].shape
@@ -118,8 +118,8 @@ class PriorObjective(Objective):
         The noise is the same every time.
         """
         generator = torch.Generator().manual_seed(1)
-        batch = self._noised(self.draw.aside(), generator)
-        return {"held_out": _loss(self, batch), "recall@1": _recall(self.prior, self.draw, steps=10)}
+        batch = self._noised(self.pairs.aside(), generator)
+        return {"held_out": _loss(self, batch), "recall@1": _recall(self.prior, self.pairs, steps=10)}
 
 
 class CodesObjective(Objective):
@@ -134,13 +134,13 @@ class CodesObjective(Objective):
         share: np.ndarray | None = None,
         drop: float = 0.1,
     ) -> None:
-        """The prior knows how to spell (`set_speller`); the rest is as `draw_from` says."""
+        """The prior knows how to spell (`set_speller`); the rest is as `pairs_from` says."""
         super().__init__()
-        self.prior, self.draw = prior, draw_from(data, held_out, share, drop)
+        self.prior, self.pairs = prior, pairs_from(data, held_out, share, drop)
 
-    def batch(self, count: int, generator: torch.Generator) -> Batch:
-        """What `Draw` gives, and which codes and similarity that is, (B, K) and (B,)."""
-        return self._spelled(self.draw(count, generator))
+    def batch(self, draw: Draw) -> Batch:
+        """What `Pairs` gives, and which codes and similarity that is, (B, K) and (B,)."""
+        return self._spelled(self.pairs(draw))
 
     def _spelled(self, batch: Batch) -> Batch:
         speller = self.prior.speller
@@ -157,8 +157,8 @@ class CodesObjective(Objective):
 
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:
         """As `PriorObjective.evaluate`, but of fewer captions: spelling takes a step a code."""
-        batch = self._spelled(self.draw.aside())
-        return {"held_out": _loss(self, batch), "recall@1": _recall(self.prior, self.draw, count=PREVIEWED // 4)}
+        batch = self._spelled(self.pairs.aside())
+        return {"held_out": _loss(self, batch), "recall@1": _recall(self.prior, self.pairs, count=PREVIEWED // 4)}
 
 
 def _loss(objective: PriorObjective | CodesObjective, batch: Batch) -> float:
@@ -166,13 +166,13 @@ def _loss(objective: PriorObjective | CodesObjective, batch: Batch) -> float:
     return float(objective({name: tensor.to(device) for name, tensor in batch.items()})["loss"])
 
 
-def _recall(prior: Prior | AutoregressivePrior, draw: Draw, *, count: int = PREVIEWED, steps: int = 1) -> float:
+def _recall(prior: Prior | AutoregressivePrior, pairs: Pairs, *, count: int = PREVIEWED, steps: int = 1) -> float:
     """R@1 of one plain sample for each of the first `count` captions held out, among all the pictures held out."""
-    data, rows = draw.data, draw.first_captions()
+    data, rows = pairs.data, pairs.first_captions()
     cond = data.told([*rows[:count], NO_CAPTION]).to(device=next(prior.parameters()).device)
     plain = copy.deepcopy(prior)
     fold_text(plain, data.whitening)
-    gallery = torch.from_numpy(data.embeddings[draw.held_out, 0]).float()
+    gallery = torch.from_numpy(data.embeddings[pairs.held_out, 0]).float()
     asked = len(rows[:count])
     told = Told(((cond.select(slice(asked)), 1.0),), cond.select(torch.full((asked,), asked)))
     samples = image_embeddings(plain, told, guidance=1.0, steps=steps, choose=1)

@@ -23,8 +23,8 @@ from pathlib import Path
 from ldm.errors import LdmError
 from ldm.models.presets import SystemConfig, small, small_upsampler
 from ldm.training import stages
+from ldm.training.engine.loop import LoopConfig
 from ldm.training.judge import train_judge
-from ldm.training.loop import LoopConfig
 from ldm.training.stages import Workspace
 from ldm.training.upsampler_stage import train_upsampler
 

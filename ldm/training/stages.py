@@ -47,8 +47,8 @@ from ldm.training.decoder import (
     widened,
 )
 from ldm.training.diffusion import DiffusionObjective, LatentPictures
+from ldm.training.engine.loop import LoopConfig, train
 from ldm.training.latents import centre_latents, encode_captions, encode_pictures, open_latents
-from ldm.training.loop import LoopConfig, train
 from ldm.training.prior import CodesObjective, PriorObjective
 from ldm.training.prior_data import (
     PriorPictures,

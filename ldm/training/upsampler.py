@@ -24,7 +24,7 @@ from ldm.models.pixel_blocks import PixelBlocks
 from ldm.models.unet import UNet
 from ldm.pipeline.upscaling import details_of, noised_picture
 from ldm.training.autoencoder import to_unit
-from ldm.training.objective import Batch, Draw, Objective
+from ldm.training.engine.objective import Batch, Draw, Objective
 from ldm.types import Conditioning
 
 Preview = Callable[[UNet, Path], dict[str, float]]

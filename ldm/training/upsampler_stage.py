@@ -18,7 +18,7 @@ from ldm.models.unet import UNet
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import save_checkpoint
 from ldm.training.autoencoder import to_unit
-from ldm.training.loop import LoopConfig, train
+from ldm.training.engine.loop import LoopConfig, train
 from ldm.training.sheets import save_sheet
 from ldm.training.stages import HELD_OUT_EVERY, Workspace
 from ldm.training.upsampler import UpsamplerObjective, measure_deviation, smooth_levels

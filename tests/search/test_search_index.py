@@ -19,8 +19,8 @@ from ldm.errors import LdmError
 from ldm.pipeline.clip import BATCH
 from ldm.search import Share, build, open_index, update
 from ldm.search.build import update_share
-from ldm.search.lock import locked
 from ldm.search.query import Index
+from ldm.weights.lock import locked
 
 ROOT = Path(__file__).parents[2]
 
@@ -306,11 +306,11 @@ def test_shares_of_several_machines(folder: Path, tmp_path: Path) -> None:
 def test_the_lock(folder: Path, tmp_path: Path) -> None:
     index = tmp_path / "index"
     index.mkdir()
-    with locked(index, shared=True):
+    with locked(index, "--index", shared=True):
         update_share(folder, index, fake_clip(), Share(1, 2))
         with pytest.raises(LdmError, match=f"is being written by process {os.getpid()} on"):
             update(folder, index, fake_clip())
-    with locked(index), pytest.raises(LdmError, match="is being written"):
+    with locked(index, "--index"), pytest.raises(LdmError, match="is being written"):
         update_share(folder, index, fake_clip(), Share(2, 2))
     update(folder, index, fake_clip())
 

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ldm.training.clip import CLIPObjective
-from ldm.training.loop import LoopConfig, first_rank_first, rank_and_ranks, train
+from ldm.training.engine.loop import LoopConfig, train
+from ldm.training.engine.objective import Draw
+from ldm.training.engine.ranks import first_rank_first, rank_and_ranks
 
 CASES = [("softmax", 1), ("softmax", 2), ("sigmoid", 1), ("sigmoid", 2)]
 """Loss, and into how many parts a rank's batch is split."""
@@ -27,7 +29,7 @@ STOP_AT = 3
 
 def joint_batch(objective: CLIPObjective) -> dict[str, Tensor]:
     """Eight pairs, of which the first rank gets the first four."""
-    return objective.batch(8, torch.Generator().manual_seed(5))
+    return objective.batch(Draw(8, 0, torch.Generator().manual_seed(5)))
 
 
 def gradients(loss: str, chunks: int) -> dict[str, Tensor]:
@@ -79,7 +81,7 @@ def main(folder: Path) -> None:
         (folder / f"stopped-{rank}").write_text(str(stopped.code))
     torch.distributed.barrier()
     if rank == 0:
-        (folder / "saves").write_text(" ".join(path.name for path in (folder / "parts").iterdir()))
+        (folder / "saves").write_text(" ".join(path.name for path in (folder / "parts").glob("step-*")))
     torch.distributed.barrier()
     save_file(trained(folder / "parts", stop=False), folder / f"parts-{rank}.safetensors")
     torch.distributed.destroy_process_group()

@@ -17,6 +17,7 @@ from ldm.models.tokenizer import tokenize
 from ldm.training.clip import CLIPObjective, Contrast, Pixels, contrast, encode_text
 from ldm.training.clip_data import Pairs
 from ldm.training.clip_model import SIGMOID_START, small_config
+from ldm.training.engine.objective import Draw
 
 TEXT = TextConfig(32, 2, 2, projection=16, names="open_clip", activation="gelu")
 IMAGE = ImageConfig(32, 2, 2, projection=16, patch=8, size=16)
@@ -76,7 +77,7 @@ def test_sigmoid_loss_is_the_mean_over_pictures_of_all_pairs() -> None:
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_the_objective_is_that_loss_of_open_clips_logits(loss: Contrast) -> None:
     objective = objective_of(loss)
-    batch = objective.batch(6, torch.Generator().manual_seed(3))
+    batch = objective.batch(Draw(6, 0, torch.Generator().manual_seed(3)))
     with torch.no_grad():
         got = objective(batch)
         images = objective.pixels.of(batch["images"])
@@ -94,14 +95,14 @@ def test_logits_are_scaled_by_a_hundred_at_most() -> None:
     objective = objective_of()
     with torch.no_grad():
         objective.model.logit_scale.fill_(9.0)
-        assert float(objective(objective.batch(2, torch.Generator()))["scale"]) == pytest.approx(100)
+        assert float(objective(objective.batch(Draw(2, 0, torch.Generator())))["scale"]) == pytest.approx(100)
 
 
 def test_the_scale_comes_back_from_a_hundred() -> None:
     objective = objective_of()
     with torch.no_grad():
         objective.model.logit_scale.fill_(9.0)
-    objective(objective.batch(4, torch.Generator()))["loss"].backward()
+    objective(objective.batch(Draw(4, 0, torch.Generator())))["loss"].backward()
     assert objective.model.logit_scale.grad is not None and float(objective.model.logit_scale.grad) != 0
 
 
@@ -135,7 +136,7 @@ def test_other_text_towers_are_left_to_open_clip(custom: dict[str, Any]) -> None
 @pytest.mark.parametrize("chunks", [2, 4, 9])
 def test_parts_give_the_gradients_of_the_whole_batch(loss: Contrast, chunks: int) -> None:
     whole, parts = objective_of(loss), objective_of(loss, chunks)
-    batch = whole.batch(9, torch.Generator().manual_seed(1))
+    batch = whole.batch(Draw(9, 0, torch.Generator().manual_seed(1)))
     kept = []
     for objective in (whole, parts):
         held: list[Tensor] = []
@@ -155,7 +156,7 @@ def test_batches_keep_their_promises() -> None:
     pictures, seen, mirrored = objective.pairs.pictures.transpose(0, 3, 1, 2), set(), set()
     spoken = {tuple(objective.tokens([text])[0].tolist()): i for i, t in enumerate(objective.pairs.texts) for text in t}
     for seed in range(20):
-        batch = objective.batch(8, torch.Generator().manual_seed(seed))
+        batch = objective.batch(Draw(8, 0, torch.Generator().manual_seed(seed)))
         numbers = [spoken[tuple(row)] for row in batch["ids"].tolist()]
         assert len(set(numbers)) == 8, "no picture twice, or it would count against itself"
         seen |= set(numbers)

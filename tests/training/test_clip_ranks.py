@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_clip import close, objective_of
 
 from ldm.errors import LdmError
-from ldm.training.loop import train
+from ldm.training.engine.loop import train
 
 HERE = Path(__file__).parent
 

@@ -29,7 +29,7 @@ from ldm.training.clip import OpenCLIP, encode_text
 from ldm.training.clip_data import open_pairs
 from ldm.training.clip_model import SIGMOID_START, build, export, read_config, tokenizer
 from ldm.training.clip_run import ClipRun, train_clip
-from ldm.training.loop import LoopConfig
+from ldm.training.engine.loop import LoopConfig
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "magenta")
 SHAPES = ("circle", "square", "cross")

@@ -24,6 +24,7 @@ from ldm.training.decoder import (
     widened,
 )
 from ldm.training.diffusion import DiffusionObjective, LatentPictures
+from ldm.training.engine.objective import Draw
 from ldm.training.whitening import TextWhitening, Whitening, fold, unfold, whitening_of
 from ldm.types import Conditioning
 
@@ -110,7 +111,7 @@ class TestBeginning:
 
 class TestBatch:
     def test_picture_and_caption_are_left_out_apart(self, objective: DecoderObjective) -> None:
-        batch = objective.batch(4000, torch.Generator().manual_seed(0))
+        batch = objective.batch(Draw(4000, 0, torch.Generator().manual_seed(0)))
         untold = (~batch["told"]).float().mean()
         assert float(untold) == pytest.approx(0.1, abs=0.015)
         assert int(batch["level"].min()) < 10 and int(batch["level"].max()) > 989
@@ -118,7 +119,7 @@ class TestBatch:
 
     def test_half_of_the_captions_are_left_out(self, objective: DecoderObjective) -> None:
         objective.diffusion.data.pooled[-1] = 7
-        batch = objective.batch(4000, torch.Generator().manual_seed(0))
+        batch = objective.batch(Draw(4000, 0, torch.Generator().manual_seed(0)))
         without, untold = batch["pooled"][:, 0] == 7, ~batch["told"]
         assert float(without.float().mean()) == pytest.approx(0.5, abs=0.03)
         assert float((without & untold).float().mean()) == pytest.approx(0.05, abs=0.012), "each for itself"
@@ -126,7 +127,7 @@ class TestBatch:
     def test_a_mirrored_picture_has_the_embedding_of_the_mirrored_one(
         self, objective: DecoderObjective, embeddings: np.ndarray
     ) -> None:
-        batch = objective.batch(200, torch.Generator().manual_seed(0))
+        batch = objective.batch(Draw(200, 0, torch.Generator().manual_seed(0)))
         latents = torch.from_numpy(objective.diffusion.data.latents)[batch["pictures"]]
         mirrored = torch.stack(
             [torch.equal(a.flip(-1), b) * torch.ones(()) for a, b in zip(latents, batch["latents"], strict=True)]
@@ -135,14 +136,14 @@ class TestBatch:
         assert torch.equal(batch["embedding"][:, -1], 1 - 2 * mirrored)
 
     def test_the_same_step_draws_the_same(self, objective: DecoderObjective) -> None:
-        one, other = (objective.batch(8, torch.Generator().manual_seed(4)) for _ in range(2))
+        one, other = (objective.batch(Draw(8, 0, torch.Generator().manual_seed(4))) for _ in range(2))
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_network_is_told_text_embedding_level_and_tokens(objective: DecoderObjective) -> None:
     told: list[Conditioning] = []
     objective.diffusion.unet.register_forward_pre_hook(lambda module, args: told.append(args[2]))
-    batch = objective.batch(6, torch.Generator().manual_seed(0))
+    batch = objective.batch(Draw(6, 0, torch.Generator().manual_seed(0)))
     batch["told"] = torch.tensor([True, True, True, True, True, False])
     objective(batch)
     mean, std = objective.augmentor.data_mean, objective.augmentor.data_std
@@ -164,14 +165,15 @@ def test_it_learns_to_look_at_the_embedding(objective: DecoderObjective, tmp_pat
     optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
     losses = []
     for step in range(150):
-        loss = objective(objective.batch(32, torch.Generator().manual_seed(step)))["loss"]
+        loss = objective(objective.batch(Draw(32, 0, torch.Generator().manual_seed(step))))["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
     assert np.mean(losses[-20:]) < 0.6 * np.mean(losses[:20])
     told = torch.ones(64, dtype=torch.bool)
-    right = objective.batch(64, torch.Generator().manual_seed(999)) | {"told": told, "level": torch.zeros(64).long()}
+    draw = Draw(64, 0, torch.Generator().manual_seed(999))
+    right = objective.batch(draw) | {"told": told, "level": torch.zeros(64).long()}
     wrong = right | {"embedding": right["embedding"].roll(1, dims=0)}
     with torch.no_grad():
         seen, misled, blind = (float(objective.loss(b).mean()) for b in (right, wrong, right | {"told": ~told}))

@@ -19,6 +19,8 @@ from ldm.evaluation.judge import Judge, JudgeConfig
 from ldm.models.presets import small, tiny
 from ldm.training import recipes
 from ldm.training.autoencoder import to_unit
+from ldm.training.engine.loop import LoopConfig
+from ldm.training.engine.objective import Draw
 from ldm.training.judge import (
     JUDGE,
     JUDGE_KEY,
@@ -34,7 +36,6 @@ from ldm.training.judge import (
     save_judge,
     train_judge,
 )
-from ldm.training.loop import LoopConfig
 from ldm.training.stages import HELD_OUT_EVERY, Workspace
 from ldm.weights.save import write_tensors
 
@@ -112,15 +113,15 @@ def test_batches_are_of_pictures_kept_and_of_all_classes_alike():
     torch.manual_seed(0)
     judge = Judge(replace(TINY, size=16, widths=(8, 16)))
     objective = JudgeObjective(judge, numbered, labels, np.zeros(40, bool), kept, np.array([3, 33]))
-    batch = objective.batch(3000, torch.Generator().manual_seed(0))
+    batch = objective.batch(Draw(3000, 0, torch.Generator().manual_seed(0)))
     shares = torch.bincount(batch["labels"]) / 3000
     assert (shares - 1 / 3).abs().max() < 0.04
-    plain = objective.batch(9, torch.Generator().manual_seed(1))
-    again = objective.batch(9, torch.Generator().manual_seed(1))
+    plain = objective.batch(Draw(9, 0, torch.Generator().manual_seed(1)))
+    again = objective.batch(Draw(9, 0, torch.Generator().manual_seed(1)))
     assert torch.equal(plain["pictures"], again["pictures"])
     drawn: set[int] = set()
     objective.pictures = Watched(numbered, drawn)  # pyright: ignore[reportAttributeAccessIssue]
-    objective.batch(2000, torch.Generator().manual_seed(2))
+    objective.batch(Draw(2000, 0, torch.Generator().manual_seed(2)))
     assert drawn == set(kept.tolist())
 
 

@@ -13,6 +13,7 @@ from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.models.unet import UNet, UNetConfig
 from ldm.training.autoencoder import AutoencoderLoss, AutoencoderObjective, to_unit
 from ldm.training.diffusion import DiffusionObjective, LatentPictures
+from ldm.training.engine.objective import Draw
 from ldm.training.latents import centre_latents
 from ldm.training.whitening import TextWhitening, Whitening
 from ldm.types import Conditioning
@@ -69,7 +70,7 @@ class TestAutoencoder:
     def test_held_out_pictures_are_not_drawn(self, autoencoder: AutoencoderKL) -> None:
         numbered = np.arange(8, dtype=np.uint8)[:, None, None, None] * np.ones((1, 32, 32, 3), np.uint8)
         objective = AutoencoderObjective(autoencoder, numbered, np.arange(1, 8), np.array([0]), 16, AutoencoderLoss())
-        images = objective.batch(200, torch.Generator().manual_seed(0))["images"]
+        images = objective.batch(Draw(200, 0, torch.Generator().manual_seed(0)))["images"]
         assert set(((images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()) == set(range(1, 8))
 
     def test_centring_changes_latents_and_not_pictures(self, autoencoder: AutoencoderKL) -> None:
@@ -116,7 +117,7 @@ class TestDiffusion:
         return DiffusionObjective(Oracle(config), scaled_linear(), "v", latent_pictures(), [9])
 
     def test_loss_is_the_published_one(self, objective: DiffusionObjective) -> None:
-        batch = objective.batch(16, torch.Generator().manual_seed(0))
+        batch = objective.batch(Draw(16, 0, torch.Generator().manual_seed(0)))
         objective.unet.answer = torch.full((16, 4, 8, 8), 0.25)
         got = objective.loss(batch).double().numpy()
         betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
@@ -127,7 +128,7 @@ class TestDiffusion:
         assert got * batch["density"].numpy() == pytest.approx(want, rel=1e-4)
 
     def test_noise_levels_that_count_are_drawn_more_often(self, objective: DiffusionObjective) -> None:
-        batch = objective.batch(40_000, torch.Generator().manual_seed(0))
+        batch = objective.batch(Draw(40_000, 0, torch.Generator().manual_seed(0)))
         betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
         snr = np.cumprod(1 - betas) / (1 - np.cumprod(1 - betas))
         weight = np.minimum(snr + 1, 5.0) / (snr + 1)
@@ -140,13 +141,13 @@ class TestDiffusion:
         assert drawn_weight.std() < 0.7 * even.std(), "and varies less"
 
     def test_a_network_that_knows_the_answer_has_no_loss(self, objective: DiffusionObjective) -> None:
-        batch = objective.batch(4, torch.Generator().manual_seed(1))
+        batch = objective.batch(Draw(4, 0, torch.Generator().manual_seed(1)))
         alpha2 = scaled_linear().alphas_cumprod[batch["timestep"]].float()[:, None, None, None]
         objective.unet.answer = alpha2.sqrt() * batch["noise"] - (1 - alpha2).sqrt() * batch["latents"]
         assert float(objective(batch)["loss"]) < 1e-10
 
     def test_batches_keep_their_promises(self, objective: DiffusionObjective) -> None:
-        batch = objective.batch(4000, torch.Generator().manual_seed(2))
+        batch = objective.batch(Draw(4000, 0, torch.Generator().manual_seed(2)))
         caption = batch["states"][:, 0, 0]
         dropped = caption == -1
         assert torch.equal(batch["pooled"], (2 * caption)[:, None].expand(-1, 4)), "the same caption"

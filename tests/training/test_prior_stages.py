@@ -21,8 +21,8 @@ from ldm.models.text_encoder import OpenCLIPText
 from ldm.models.tokenizer import tokenize
 from ldm.pipeline.prior import image_embeddings, load_prior, tell
 from ldm.training import recipes, stages
+from ldm.training.engine.loop import LoopConfig
 from ldm.training.latents import encode_captions
-from ldm.training.loop import LoopConfig
 from ldm.training.stages import Workspace
 from ldm.weights.save import write_tensors
 

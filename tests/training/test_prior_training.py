@@ -17,7 +17,8 @@ from ldm.models.autoregressive_prior import AutoregressivePrior
 from ldm.models.prior import Codes, Prior, PriorConfig
 from ldm.pipeline.components import components_of
 from ldm.pipeline.prior import image_embeddings
-from ldm.training.loop import LoopConfig, train
+from ldm.training.engine.loop import LoopConfig, train
+from ldm.training.engine.objective import Draw
 from ldm.training.prior import CodesObjective, PriorObjective
 from ldm.training.prior_data import (
     PriorPictures,
@@ -68,7 +69,7 @@ def test_a_batch_is_drawn_as_asked() -> None:
     data = pictures_of(embeddings, torch.arange(40) % 4, flips=True)
     held_out = [0, 8, 16]
     objective = PriorObjective(Prior(CONFIG), data, held_out, drop=0.25)
-    batch = objective.batch(4000, torch.Generator().manual_seed(0))
+    batch = objective.batch(Draw(4000, 0, torch.Generator().manual_seed(0)))
     distance = torch.cdist(batch["embedding"], torch.cat([embeddings, -embeddings]))
     assert distance.amin(dim=1).max() < 0.02
     number = distance.argmin(dim=1)
@@ -85,10 +86,10 @@ def test_a_batch_is_drawn_as_asked() -> None:
     lengths = torch.from_numpy(data.lengths)[torch.where(batch["dropped"], -1, 2 * shown)]
     assert torch.equal(batch["words"].sum(dim=1), lengths)
     assert batch["timestep"].min() < 10 and batch["timestep"].max() > 989
-    again = objective.batch(4000, torch.Generator().manual_seed(0))
+    again = objective.batch(Draw(4000, 0, torch.Generator().manual_seed(0)))
     assert all(torch.equal(batch[name], again[name]) for name in batch)
     still = PriorObjective(Prior(CONFIG), replace(data, flips=np.zeros(40, bool)), held_out)
-    batch = still.batch(200, torch.Generator().manual_seed(0))
+    batch = still.batch(Draw(200, 0, torch.Generator().manual_seed(0)))
     assert torch.cdist(batch["embedding"], embeddings).amin(dim=1).max() < 0.02
 
 
@@ -236,9 +237,9 @@ def test_the_autoregressive_prior_learns_a_distribution(tmp_path: Path) -> None:
     set_speller(prior, found, embeddings, data.vectors(data.first[:-1].tolist()))
     prior.speller.edges.fill_(2.0)
     objective = CodesObjective(prior, data, [0, 1, 2])
-    assert objective.batch(8, generator)["codes"].shape == (8, len(found.variances))
+    assert objective.batch(Draw(8, 0, generator))["codes"].shape == (8, len(found.variances))
     train(objective, replace(LOOP, steps=200), tmp_path).swap(objective)
-    batch = objective.batch(2000, generator)
+    batch = objective.batch(Draw(2000, 0, generator))
     kept = {name: t[~batch["dropped"]] for name, t in batch.items()}
     with torch.no_grad():
         loss = float(objective(kept)["loss"]) * len(found.variances)

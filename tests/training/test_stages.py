@@ -16,7 +16,7 @@ from ldm.errors import LdmError
 from ldm.models.presets import SystemConfig, decoder_of, small, tiny
 from ldm.pipeline.load import load
 from ldm.training import recipes, stages
-from ldm.training.loop import LoopConfig
+from ldm.training.engine.loop import LoopConfig
 from ldm.training.stages import Workspace
 from ldm.weights.clip import read_clip
 

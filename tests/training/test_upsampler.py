@@ -19,7 +19,8 @@ from ldm.models.presets import small, small_upsampler, tiny
 from ldm.models.unet import UNet
 from ldm.pipeline.load import load
 from ldm.training import recipes
-from ldm.training.loop import LoopConfig, step_generator
+from ldm.training.engine.loop import LoopConfig, step_generator
+from ldm.training.engine.objective import Draw
 from ldm.training.stages import Workspace
 from ldm.training.upsampler import UpsamplerObjective, gaussian_blur, measure_deviation, smooth_levels
 from ldm.training.upsampler_stage import UPSAMPLER, edges, psnr, train_upsampler
@@ -65,7 +66,7 @@ def test_loss_is_the_published_one() -> None:
     objective = objective_of(unet, drawn(6))
     objective.first_stage.deviation.copy_(torch.linspace(0.05, 0.2, 12))
     unet.answer = torch.full((8, 12, 16, 16), 0.25)
-    batch = objective.batch(8, torch.Generator().manual_seed(0))
+    batch = objective.batch(Draw(8, 0, torch.Generator().manual_seed(0)))
     got = objective.loss(batch).double().numpy()
     betas = np.linspace(1e-4**0.5, 0.02**0.5, 1000) ** 2
     kept = np.cumprod(1 - betas)[batch["level"].numpy()][:, None, None, None]
@@ -89,7 +90,7 @@ def test_loss_is_the_published_one() -> None:
 
 def test_the_small_picture_is_blurred_in_half_of_the_rows() -> None:
     objective = objective_of(Oracle(CONFIG.unet), drawn(40), held_out=10)
-    batch = objective.batch(400, torch.Generator().manual_seed(0))
+    batch = objective.batch(Draw(400, 0, torch.Generator().manual_seed(0)))
     exact = batch["crops"].numpy().reshape(400, 3, 16, 2, 16, 2).mean(axis=(3, 5))
     differs = np.abs(batch["small"].numpy() - exact).max(axis=(1, 2, 3))
     edged = np.ptp(batch["crops"].numpy(), axis=(1, 2, 3)) > 1
@@ -103,14 +104,14 @@ def test_the_small_picture_is_blurred_in_half_of_the_rows() -> None:
 def test_held_out_pictures_are_not_drawn() -> None:
     numbered = np.arange(8, dtype=np.uint8)[:, None, None, None] * np.ones((1, SIZE, SIZE, 3), np.uint8)
     objective = objective_of(Oracle(CONFIG.unet), numbered, held_out=2)
-    crops = objective.batch(100, torch.Generator().manual_seed(0))["crops"]
+    crops = objective.batch(Draw(100, 0, torch.Generator().manual_seed(0)))["crops"]
     assert set(((crops[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()) == set(range(2, 8))
 
 
 def test_details_get_unit_variance() -> None:
     objective = objective_of(Oracle(CONFIG.unet), drawn(20))
     measure_deviation(objective, 64)
-    details, _ = objective.details(objective.batch(64, torch.Generator().manual_seed(9)))
+    details, _ = objective.details(objective.batch(Draw(64, 0, torch.Generator().manual_seed(9))))
     assert details.square().mean(dim=(0, 2, 3)).sqrt().numpy() == pytest.approx(np.ones(12), abs=0.25)
     assert 0.02 < float(objective.first_stage.deviation.min()) < float(objective.first_stage.deviation.max()) < 0.5
 
@@ -141,10 +142,10 @@ def test_it_learns() -> None:
     smooth_levels(objective.unet)
     measure_deviation(objective, 64)
     optimizer = torch.optim.AdamW(objective.unet.parameters(), lr=2e-3)
-    watched = objective.batch(32, step_generator(1, 0))
+    watched = objective.batch(Draw(32, 0, step_generator(1, 0)))
     before = float(objective(watched)["loss"].detach())
     for step in range(40):
-        objective(objective.batch(8, step_generator(0, step)))["loss"].backward()
+        objective(objective.batch(Draw(8, 0, step_generator(0, step))))["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
     assert float(objective(watched)["loss"].detach()) < 0.9 * before

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from ldm.training.muon import Muon, is_matrix, orthogonal
+from ldm.training.engine.muon import Muon, is_matrix, orthogonal
 
 
 def stepped(weight: torch.Tensor, gradients: list[torch.Tensor], optimizer: torch.optim.Optimizer) -> torch.Tensor:

@@ -3,81 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from line import CONFIG, Line
 from torch import Tensor, nn
 
 from ldm.errors import LdmError
-from ldm.training.ema import EMA
-from ldm.training.loop import LoopConfig, Objective, learning_rate, train
-from ldm.training.state import load_state
-
-CONFIG = LoopConfig(
-    steps=20, batch=4, rate=1e-2, warmup=3, ema=0.9, precision="no", save_every=5, evaluate_every=10, log_every=5
-)
-
-
-class Line(Objective):
-    """Fit y = 2 x + 1; `poison` names steps whose loss is not finite."""
-
-    def __init__(self, poison: tuple[int, ...] = ()) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(1, 1)
-        self.poison, self.calls, self.losses, self.evaluated = poison, 0, [], []
-
-    def batch(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        return {"x": torch.randn(count, 1, generator=generator)}
-
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        loss = (self.layer(batch["x"]) - 2 * batch["x"] - 1).square().mean()
-        if self.calls in self.poison:
-            loss = loss * math.nan
-        self.calls += 1
-        self.losses.append(loss.item())
-        return {"loss": loss}
-
-    def evaluate(self, folder: Path, step: int) -> dict[str, float]:
-        self.evaluated.append((step, self.layer.weight.item()))
-        return {"weight": self.layer.weight.item()}
-
-
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_resumed_run_takes_the_same_steps(tmp_path: Path, accumulate: int) -> None:
-    config = replace(CONFIG, accumulate=accumulate)
-    whole = Line()
-    average = train(whole, config, tmp_path / "whole")
-    first = Line()
-    train(first, replace(config, steps=7), tmp_path / "parts")
-    second = Line()
-    resumed = train(second, config, tmp_path / "parts")
-    assert whole.losses == first.losses + second.losses
-    assert torch.equal(whole.layer.weight, second.layer.weight)
-    assert all(torch.equal(average.weights[n], resumed.weights[n]) for n in average.weights)
-
-
-def test_dropout_and_running_means_resume_too(tmp_path: Path) -> None:
-    class Deep(Line):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Sequential(nn.Linear(1, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
-
-        def evaluate(self, folder: Path, step: int) -> dict[str, float]:
-            return {}
-
-    whole, first, second = Deep(), Deep(), Deep()
-    train(whole, CONFIG, tmp_path / "whole")
-    train(first, replace(CONFIG, steps=7), tmp_path / "parts")
-    torch.rand(3)
-    train(second, CONFIG, tmp_path / "parts")
-    assert whole.losses == first.losses + second.losses
-    resumed = second.state_dict()
-    assert all(torch.equal(value, resumed[name]) for name, value in whole.state_dict().items())
+from ldm.training.engine.ema import EMA
+from ldm.training.engine.loop import LoopConfig, learning_rate, train
+from ldm.training.engine.objective import Draw
+from ldm.training.engine.state import load_state
 
 
 def test_a_run_without_one_finite_step_can_be_resumed(tmp_path: Path) -> None:
@@ -136,8 +75,8 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
     """With fixed data, the mean over micro-batches has the gradient of the whole."""
 
     class Fixed(Line):
-        def batch(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-            return {"x": torch.linspace(-1, 1, count)[:, None]}
+        def batch(self, draw: Draw) -> dict[str, Tensor]:
+            return {"x": torch.linspace(-1, 1, draw.count)[:, None]}
 
     one, three = Fixed(), Fixed()
     train(one, replace(CONFIG, steps=5), tmp_path / "one")
@@ -182,13 +121,13 @@ def test_a_damaged_newest_save_is_passed_over(tmp_path: Path, damage: str) -> No
 
 def test_changed_facts_are_refused_by_name(tmp_path: Path) -> None:
     train(Line(), replace(CONFIG, steps=5), tmp_path)
-    with pytest.raises(LdmError, match=r"begun with batch = 4, now 8"):
+    with pytest.raises(LdmError, match=r"begun with batch x accumulate x processes = 4, now 8"):
         train(Line(), replace(CONFIG, batch=8), tmp_path)
 
 
 def test_saves_hold_no_pickles_and_two_are_kept(tmp_path: Path) -> None:
     train(Line(), CONFIG, tmp_path)
-    saves = sorted(p.name for p in tmp_path.iterdir())
+    saves = sorted(p.name for p in tmp_path.glob("step-*"))
     assert saves == ["step-00000015", "step-00000020"]
     assert {p.suffix for p in (tmp_path / saves[-1]).iterdir()} == {".safetensors", ".json"}
     assert json.loads((tmp_path / saves[-1] / "manifest.json").read_text())["step"] == 20
@@ -222,6 +161,12 @@ def test_a_signal_during_an_evaluation_loses_no_step(tmp_path: Path) -> None:
         train(Interrupted(), replace(CONFIG, evaluate_every=7), tmp_path)
     state = load_state(tmp_path)
     assert state is not None and state.step == 7
+
+
+@pytest.mark.parametrize(("field", "least"), [("accumulate", 1), ("keep", 1), ("workers", 0)])
+def test_numbers_that_no_run_can_have(field: str, least: int) -> None:
+    with pytest.raises(LdmError, match=f"{field}: found {least - 1}, expected {least} or more"):
+        LoopConfig(steps=1, batch=1, rate=1.0, **{field: least - 1})
 
 
 def test_learning_rates_against_hand_worked_values() -> None:

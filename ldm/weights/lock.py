@@ -7,45 +7,47 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
 from ldm.errors import LdmError
-from ldm.pipeline.files import reason
 from ldm.weights.io import printable
 
 NAME = "lock"
 
 
 @contextmanager
-def locked(index: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold the index folder, alone or together with others that share it.
+def locked(folder: Path, option: str, *, shared: bool = False) -> Iterator[None]:
+    """Hold the folder, alone or together with others that share it. option: where another folder can be given
 
     The file stays behind and means nothing: what counts is the system's lock on it, so a killed run leaves none that is
-    stale. Raises `LdmError` where another process holds it, which is named.
+    stale. Raises `LdmError` where another process holds it, which is named, and where the folder cannot be written to.
     """
-    path = index / NAME
+    path = folder / NAME
     try:
         file = path.open("a+", encoding="utf-8")
     except OSError as error:
-        raise LdmError(
-            f"{printable(str(path))}: cannot be written ({reason(error)}); choose another place with --index"
-        ) from None
+        raise _refused(path, "written", error, option) from None
     with file:
         try:
             _lock(file, shared)
         except (BlockingIOError, PermissionError):
             file.seek(0)
             holder = printable(file.read(200).strip()) or "another process"
-            raise LdmError(f"{printable(str(index))}: is being written by {holder}; wait until it ends") from None
+            raise LdmError(f"{printable(str(folder))}: is being written by {holder}; wait until it ends") from None
         except OSError as error:
-            raise LdmError(
-                f"{printable(str(path))}: cannot be locked ({reason(error)}); choose another place with --index"
-            ) from None
+            raise _refused(path, "locked", error, option) from None
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        since = datetime.now().astimezone().isoformat(" ", "seconds")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}\n")
         file.flush()
         yield
+
+
+def _refused(path: Path, what: str, error: OSError, option: str) -> LdmError:
+    reason = (error.strerror or str(error)).lower()
+    return LdmError(f"{printable(str(path))}: cannot be {what} ({reason}); choose another place with {option}")
 
 
 def _lock(file: TextIO, shared: bool) -> None:

@@ -1,0 +1,71 @@
+"""Two processes take the steps that one takes that accumulates twice as much."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from two_ranks import STOP_AT, TWICE, trained
+
+from ldm.training.engine.figures import read_figures
+from ldm.training.engine.state import load_state
+
+HERE = Path(__file__).parent
+ALONE = replace(TWICE, accumulate=2 * TWICE.accumulate, workers=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes have left behind."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        port = str(held.getsockname()[1])
+    told = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    path = os.pathsep.join([str(HERE.parents[2]), str(HERE)])
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "two_ranks.py"), str(folder)],
+            env=os.environ | told | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=500)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(text[-3000:] for text in said)
+    return folder
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "schedulefree"])
+def test_two_are_one_that_accumulates_twice_as_much(folder: Path, tmp_path: Path, optimizer: str) -> None:
+    alone = trained(replace(ALONE, optimizer=optimizer), tmp_path)  # type: ignore[arg-type]
+    ranks = [load_file(folder / f"{optimizer}-{rank}.safetensors") for rank in range(2)]
+    for name, weight in alone.items():
+        assert torch.equal(ranks[0][name], ranks[1][name]), f"{name}: the ranks have grown apart"
+        assert torch.allclose(ranks[0][name], weight, atol=1e-6), name
+    ours, theirs = read_figures(tmp_path), read_figures(folder / optimizer)
+    assert [(f.step, f.of) for f in ours] == [(f.step, f.of) for f in theirs] != []
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.values == pytest.approx(other.values, rel=1e-4)
+
+
+def test_two_that_see_the_same_are_told_apart(folder: Path, tmp_path: Path) -> None:
+    """So the test above would see ranks that draw the same batches."""
+    other = trained(TWICE, tmp_path)
+    two = load_file(folder / "adamw-0.safetensors")
+    assert not torch.allclose(two["layer.2.weight"], other["layer.2.weight"], atol=1e-4)
+
+
+def test_what_two_began_one_may_finish(folder: Path, tmp_path: Path) -> None:
+    state = load_state(folder / "stopped")
+    assert state is not None and state.step == STOP_AT
+    resumed, whole = trained(ALONE, folder / "stopped"), trained(ALONE, tmp_path)
+    assert all(torch.allclose(resumed[name], weight, atol=1e-6) for name, weight in whole.items())
