@@ -17,14 +17,13 @@ from torch import Tensor
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import NOISE_SCHEDULES, NoiseSchedule, zero_terminal_snr
 from ldm.errors import LdmError
-from ldm.layers.embeddings import sinusoidal_embedding
 from ldm.models.controlnet import ControlNet
 from ldm.models.image_conditioner import ImageTokens
 from ldm.models.image_encoder import ImageTower
 from ldm.models.noise_augmentor import NoiseAugmentor
 from ldm.models.pixel_blocks import FirstStage
 from ldm.models.presets import SystemConfig
-from ldm.models.text_encoder import TextTower
+from ldm.models.text_encoder import TextStates, TextTower
 from ldm.models.tokenizer import text_of
 from ldm.models.unet import UNet
 from ldm.pipeline.adapters import AdapterChoice, AppliedAdapter, with_adapters
@@ -34,7 +33,8 @@ from ldm.pipeline.images import as_mask, picture_bytes, read_shrunk, to_tensor
 from ldm.pipeline.picture import OtherPart, Picture
 from ldm.pipeline.prompt import Emphasis
 from ldm.pipeline.request import GenerateRequest
-from ldm.pipeline.unclip import image_embedding, noised_embedding, told_image, told_no_image
+from ldm.pipeline.text_states import side_by_side, size_numbers, told
+from ldm.pipeline.unclip import image_embedding, noised_embedding, told_image
 from ldm.types import Conditioning
 from ldm.weights.controlnet import read_control
 from ldm.weights.embeddings import Embedding
@@ -49,12 +49,6 @@ if TYPE_CHECKING:
     from ldm.tasks.classify import Match
     from ldm.tasks.invert import Inverted
     from ldm.tasks.score import Scores
-
-SIZE_FEATURES = 256
-"""Sinusoidal features of each size, crop and score number (SDXL)."""
-
-WANTED_SCORE, UNWANTED_SCORE = 6.0, 2.5
-"""How well-liked the SDXL refiner is told that the picture of the prompt is, and that of the negative prompt."""
 
 
 @dataclass(frozen=True)
@@ -216,32 +210,26 @@ class LatentDiffusion:
         """
         if not self.text:
             return Conditioning()
-        states, pooled = [], []
+        said = []
         for index, (tower, use) in enumerate(zip(self.text, self.config.text, strict=True)):
             skip = use.skip if clip_skip is None else clip_skip - 1
             if skip >= use.tower.layers:
                 raise LdmError(f"clip_skip: found {clip_skip}, expected 1 to {use.tower.layers}, this model's layers")
             words, vectors = words_of(self.embeddings, index, use.tower.vocabulary)
             chunks = token_chunks(prompt, use.tower.tokens - 2, words, emphasis)[:MAX_CHUNKS]
-            encoded = encode_chunks(chunks, tower, use, skip, vectors, emphasis, self.device)
-            states.append(encoded.states)
-            if encoded.pooled is not None:
-                pooled.append(encoded.pooled)
-        cross = torch.cat(states, dim=-1)
-        if not torch.isfinite(cross).all():
+            said.append(encode_chunks(chunks, tower, use, skip, vectors, emphasis, self.device))
+        states = side_by_side(said)
+        if not torch.isfinite(states.states).all():
             raise LdmError(
                 "text encoder: its states are not finite; the file is damaged, or a weight in the prompt is too large, "
                 "or try --dtype float32"
             )
-        vector = torch.cat(pooled, dim=-1) if pooled else None
         if zeros:
-            cross, vector = torch.zeros_like(cross), None if vector is None else torch.zeros_like(vector)
-        if vector is not None and self.config.sizes_in_vector:
-            size = width or self.config.size, height or self.config.size
-            features = self._size_features(size, original_size or size, crop, wanted)
-            vector = torch.cat([vector, features.to(vector)], dim=-1)
-        cond = Conditioning(cross=cross, vector=vector)
-        return cond if self.config.image is None else told_no_image(self, cond)
+            pooled = None if states.pooled is None else torch.zeros_like(states.pooled)
+            states = TextStates(torch.zeros_like(states.states), pooled)
+        size = width or self.config.size, height or self.config.size
+        sizes = size_numbers(self.config, size, original_size, crop, wanted=wanted)
+        return told(self, states, torch.tensor([sizes], device=self.device))
 
     @torch.inference_mode()
     def encode_image(self, image: bytes | str | Path | Image.Image, *, noise_level: int = 0, seed: int = 0) -> Tensor:
@@ -286,21 +274,6 @@ class LatentDiffusion:
                 "autoencoder: the picture's latent is not finite; the file is damaged, or try --dtype float32"
             )
         return latent
-
-    def _size_features(
-        self, size: tuple[int, int], original_size: tuple[int, int], crop: tuple[int, int], wanted: bool
-    ) -> Tensor:
-        """Original size, crop corner and target size, or for the refiner a score in place of the last, (1, 256 n).
-
-        Podell et al. 2023, section 2.2. All are told as (height, width), (top, left).
-        """
-        score = WANTED_SCORE if wanted else UNWANTED_SCORE
-        if self.config.sizes_in_vector == 6:
-            last = size[::-1]
-        else:  # of the crop the refiner's negative side is told nothing, as in diffusers
-            last, crop = (score,), crop if wanted else (0, 0)
-        numbers = [*original_size[::-1], *crop[::-1], *last]
-        return sinusoidal_embedding(torch.tensor(numbers, device=self.device), SIZE_FEATURES).reshape(1, -1)
 
     def words_cut(self, prompt: str, emphasis: Emphasis = "a1111") -> str:
         """The words at the prompt's end that are left out, since it has more than `MAX_CHUNKS` chunks; mostly none."""

@@ -18,6 +18,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -115,16 +116,20 @@ def write_embedding(
     path: str | Path,
     embedding: Embedding,
     *,
+    layout: Literal["kohya", "diffusers"] = "kohya",
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write .safetensors in kohya's form, which every program reads: `emb_params`, or `clip_l` and `clip_g` for SDXL.
 
-    The word is the file's name, for most programs. dtype: None: float32; metadata: more entries, which win over ours.
-    Raises LdmError where the file cannot be written.
+    The word is then the file's name, for most programs; in diffusers' form it is the tensor's name. Of SDXL that one is
+    kohya's too. dtype: None: float32; metadata: more entries, which win over ours. Raises LdmError where the file
+    cannot be written.
     """
     names = {1: ("emb_params",), 2: ("clip_l", "clip_g")}[len(embedding.vectors)]
-    if embedding.widths == (1280,):
+    if layout == "diffusers" and len(embedding.vectors) == 1:
+        names = (embedding.name,)
+    elif embedding.widths == (1280,):
         names = ("clip_g",)
     base = ARCHITECTURES.get(embedding.widths, "latent-diffusion")
     described = {

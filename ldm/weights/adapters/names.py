@@ -7,7 +7,7 @@ underscores, behind a prefix that tells the network. Here all is spelled with un
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +19,7 @@ from ldm.weights.layout import UNET, text_prefix
 from ldm.weights.rename import Names, Piece, text_names, unet_names
 
 Network = Literal["unet", "text"]
+Layout = Literal["kohya", "diffusers"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,30 @@ def targets(config: SystemConfig, shapes: Shapes) -> Targets:
         second = config.sizes_in_vector > 0 and use.tower.names == "open_clip"
         prefixes = (*(SECOND_TOWER if second else FIRST_TOWER), *(ANY_PREFIXES if len(config.text) == 1 else ()))
         _add(found, "text", text_prefix(config, index), prefixes, text_names(use.tower), shapes)
+    return found
+
+
+def modules(config: SystemConfig, wanted: Iterable[Target], layout: Layout) -> dict[Target, str]:
+    """What a file of this layout calls the module of each of these weights: one of the names that `targets` knows.
+
+    kohya: "lora_unet_down_blocks_0_...", "lora_te_...", of SDXL "lora_te1_..." and "lora_te2_..."; diffusers:
+    "unet.down_blocks.0...", "text_encoder...", "text_encoder_2...".
+    """
+    kohya = layout == "kohya"
+    networks = [(UNET_PREFIXES[0] if kohya else "unet.", UNET, unet_names(config.unet))]
+    for index, use in enumerate(config.text):
+        second = config.sizes_in_vector > 0 and use.tower.names == "open_clip"
+        if kohya:
+            prefix = SECOND_TOWER[0] if second else FIRST_TOWER[config.sizes_in_vector > 0]
+        else:
+            prefix = "text_encoder_2." if second else "text_encoder."
+        networks.append((prefix, text_prefix(config, index), text_names(use.tower)))
+    pieces = {home + ours: (prefix, piece) for prefix, home, names in networks for ours, piece in names.items()}
+    found = {}
+    for target in wanted:
+        prefix, piece = pieces[target.name]
+        path = piece.names[target.rows[0] // target.shape[0] if target.rows else 0].removesuffix(".weight")
+        found[target] = prefix + (path.replace(".", "_") if kohya else path)
     return found
 
 
