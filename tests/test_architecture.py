@@ -43,22 +43,42 @@ EXCEPTIONS = {
 """Imports against the direction, inside a function only."""
 
 HEAVY: dict[str, set[str]] = {
-    "transformers": {"models/depth.py"},
+    "transformers": {"models/depth.py", "training/engine/optimizers.py"},
     "diffusers": set(),
-    "peft": set(),
+    "peft": {"training/adapters.py"},
     "open_clip": {
         "training/clip.py",
         "training/clip_model.py",
         "models/image_encoder.py",
         "pipeline/open_clip_model.py",
     },
-    "accelerate": {"training/loop.py"},
+    "accelerate": {"training/engine/loop.py", "training/engine/ranks.py", "training/engine/run.py"},
+    "torchao": {"training/engine/optimizers.py"},
+    "prodigyopt": {"training/engine/optimizers.py"},
+    "schedulefree": {"training/engine/optimizers.py"},
+    "jinja2": {"training/tune/report.py", "apps/check_page.py"},
+    "matplotlib": {"training/tune/report.py"},
     "xformers": {"layers/attention.py"},
     "ftfy": {"models/tokenizer.py"},
-    "tyro": {"apps/cli.py", "apps/flags.py", "apps/options.py", "data/packed.py", "data/pictures/build.py"},
-    "rich": {"apps/progress.py", "apps/info.py", "apps/info_page.py", "apps/match_tables.py"},
+    "tyro": {
+        "apps/cli.py",
+        "apps/flags.py",
+        "apps/options.py",
+        "apps/tune_flags.py",
+        "data/packed.py",
+        "data/pictures/build.py",
+    },
+    "rich": {
+        "apps/check.py",
+        "apps/progress.py",
+        "apps/info.py",
+        "apps/info_page.py",
+        "apps/match_tables.py",
+        "apps/rows.py",
+    },
     "pydantic": {"pipeline/request.py", "pipeline/validation.py"},
     "faiss": {"search/nearest.py"},
+    "pyarrow": {"data/imagefolder.py"},
     "cv2": {"pipeline/control.py"},
 }
 """Heavy packages, or ones with a single purpose, and the files that may import them."""

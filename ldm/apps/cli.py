@@ -19,6 +19,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixe
 
 from ldm import __version__
 from ldm.apps.options import (
+    Check,
     Classify,
     Command,
     Convert,
@@ -41,6 +42,7 @@ from ldm.apps.options import (
     TextDiff,
     Train,
     TrainClip,
+    Tune,
     Upscale,
     Variations,
 )
@@ -67,8 +69,10 @@ _Parsed = (
     | Annotated[Info, subcommand("info")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Sheet, subcommand("sheet")]
+    | Annotated[Check, subcommand("check")]
     | Annotated[Train, subcommand("train")]
     | Annotated[TrainClip, subcommand("train-clip")]
+    | Annotated[Tune, subcommand("tune")]
     | Annotated[Index, subcommand("index")]
     | Annotated[Search, subcommand("search")]
     | Annotated[Classify, subcommand("classify")]
@@ -150,7 +154,11 @@ def _dispatch(command: Command) -> None:
             from ldm.apps.sheet import sheet
 
             sheet(command)
-        case Train() | TrainClip():
+        case Check():
+            from ldm.apps.check import check
+
+            check(command)
+        case Train() | TrainClip() | Tune():
             _train(command)
         case Index():
             from ldm.apps.index import index
@@ -188,18 +196,25 @@ def _dispatch(command: Command) -> None:
             assert_never(other)
 
 
-def _train(command: Train | TrainClip) -> None:
+def _train(command: Train | TrainClip | Tune) -> None:
     """Raises `LdmError` where the packages for training are not installed."""
     try:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-        if isinstance(command, TrainClip):
-            from ldm.apps.train_clip import run as train_clip
+        shown = logging.WARNING if isinstance(command, Tune) and sys.stderr.isatty() else logging.INFO  # it has a bar
+        logging.basicConfig(level=shown, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+        logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's words on its own future
+        match command:
+            case TrainClip():
+                from ldm.apps.train_clip import run as train_clip
 
-            train_clip(command)
-        else:
-            from ldm.training.recipes import run
+                train_clip(command)
+            case Tune():
+                from ldm.apps.tune import tune
 
-            run(command.recipe, command.output, pictures=command.pictures, steps=command.steps)
+                tune(command)
+            case Train():
+                from ldm.training.recipes import run
+
+                run(command.recipe, command.output, pictures=command.pictures, steps=command.steps)
     except ModuleNotFoundError as error:
         package = (error.name or "ldm").partition(".")[0]
         if package == "ldm":

@@ -253,3 +253,29 @@ class Details:
     chance: Chance = field(default_factory=Chance)
     reading: Reading = field(default_factory=Reading)
     controls: Controls = field(default_factory=Controls)
+
+
+@dataclass(frozen=True)
+class PictureFolder:
+    """How the pictures of a folder are found, and cut to shape."""
+
+    size: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """The side in pixels of a square one; others have about its area. By default the model's."""
+    class_tokens: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")] = None
+    """The caption of pictures that have none; else they are left out."""
+    caption_ending: Annotated[str, arg(metavar=".EXT", help_behavior_hint="")] = ""
+    """Of the caption files. By default .txt, .caption or .json, the first of them that is there."""
+    wildcards: bool = False
+    """Each line of a caption file is a caption, and {a|b} in it is a or b; else the first line is its caption."""
+    masks: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """A folder of masks with the names of the pictures: white is what is learned."""
+    hints: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """A folder of pictures that a ControlNet is told, with the names of the others."""
+    class_pictures: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """A folder of pictures of the subject's class (DreamBooth)."""
+    class_caption: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")] = None
+    """The caption of those that have none. Given alone, the model draws them itself."""
+    no_upscale: bool = False
+    """Enlarge no picture: a small one is trained on as small as it is."""
+    bucket_step: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """What all sides are multiples of; by default 64, and less for small models."""

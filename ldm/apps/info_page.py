@@ -9,6 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ldm.apps.rows import grid
 from ldm.weights.config_json import CONFIG_KEY
 from ldm.weights.doctor.adapter import AdapterFacts
 from ldm.weights.doctor.report import FileReport, FolderEntry, Hashes, Numbers, System
@@ -33,18 +34,16 @@ TOLD = (
 )  # fmt: skip
 """Metadata that other lines tell of, or that tell nothing."""
 
-Rows = Iterable[tuple[str, str]]
-
 
 def page(report: FileReport) -> RenderableType:
     """What is known of a file: what it is and what is wrong with it, then its parts, then what it says of itself."""
     blocks = [
-        _grid(_identity(report)),
+        grid(_identity(report)),
         _parts(report) if report.parts else None,
-        _grid(_training(report)),
-        _grid(_metadata(report.metadata)),
-        _grid(_hashes(report.hashes, report.numbers)),
-        _grid(_uses(report)),
+        grid(_training(report)),
+        grid(_metadata(report.metadata)),
+        grid(_hashes(report.hashes, report.numbers)),
+        grid(_uses(report)),
     ]
     shown = [block for block in blocks if block is not None]
     return Group(*(Padding(block, (0, 0, index < len(shown) - 1, 0)) for index, block in enumerate(shown)))
@@ -73,16 +72,6 @@ def table(entries: Sequence[FolderEntry], width: int) -> RenderableType:
     for row in rows:
         lines.add_row(*(Text(printable(cell)) for cell in row), style="bold red" if row[-1] else "")
     return lines
-
-
-def _grid(rows: Rows) -> Table | None:
-    """Names and values in two columns; None without rows."""
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True, min_width=12, max_width=24, overflow="ellipsis")
-    grid.add_column(overflow="fold")
-    for name, value in rows:
-        grid.add_row(Text(printable(name)), Text(printable(value), style="bold red" if name == "PROBLEM" else ""))
-    return grid if grid.rows else None
 
 
 def _identity(report: FileReport) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,19 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from ldm.apps.flags import Asking, ClipModel, Decoding, Details, Model, Output, Prompts, Sampling, SecondPass
+from ldm.apps.flags import (
+    Asking,
+    ClipModel,
+    Decoding,
+    Details,
+    Model,
+    Output,
+    PictureFolder,
+    Prompts,
+    Sampling,
+    SecondPass,
+)
+from ldm.apps.tune_flags import Adapting, Learning, Loss, Naming, Showing
 from ldm.pipeline.request import DEFAULT_STRENGTH, MaskFill
 
 AXIS_HELP = (
@@ -308,6 +320,63 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Check:
+    """Look at pictures before a model is tuned on them: which are broken, double, without a caption, and how each is
+    cut; exit code 2 where none can be used."""
+
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    """Pictures with captions beside them or in a table, kohya's folders or .toml, or .tar shards."""
+    json: bool = False
+    """Print a JSON object."""
+    page: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A .html or .png file to show all of them on, with what is cut off. A taken name gets a number."""
+    pictures: PictureFolder = field(default_factory=PictureFolder)
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Tune a model on a folder of your own pictures, by night a LoRA; started again, it resumes. accelerate launch -m
+    ldm tune ... trains on many GPUs."""
+
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    """Pictures with captions beside them or in a table, kohya's folders or .toml, or .tar shards."""
+    base: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """The model to tune, SD 1.x, 2.x, SDXL or ours. By default the one that ships."""
+    method: Literal["lora", "full", "dreambooth", "embedding", "controlnet"] = "lora"
+    """What is trained. dreambooth is a LoRA of one subject, beside pictures of its class."""
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="DIR", help_behavior_hint="")] = None
+    """The folder for the result, samples, report and saves. By default FOLDER-METHOD, here."""
+    plan: bool = False
+    """Say what the run would take, and stop."""
+    sample: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="PROMPT", help_behavior_hint="")] = ()
+    """A prompt to draw on the way. Repeatable; by default captions of held-out pictures."""
+    held_out: Annotated[float | None, arg(metavar="X", help_behavior_hint="")] = None
+    """The share of the pictures that is only measured on. By default a fifth, of less than 20 one picture."""
+    text: bool = False
+    """Train the text towers too."""
+    whole: bool = False
+    """With dreambooth: train all of the U-Net, and no LoRA."""
+    canny: bool = False
+    """With controlnet: hints are the pictures' own edges."""
+    layout: Literal["kohya", "diffusers"] = "kohya"
+    """Of the file that a LoRA or an embedding is written to."""
+    cache: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """Where latents and text states are kept. By default in the output folder."""
+    device: Annotated[str, arg(metavar="D")] = "auto"
+    """cpu, cuda, cuda:1, mps; auto is a CUDA GPU if there is one, else the CPU."""
+    allow_pickle: bool = False
+    """Read .ckpt, .pt and .bin too, with a reader that runs nothing that is in them."""
+    json: bool = False
+    """Print a JSON object at the end."""
+    learning: Learning = field(default_factory=Learning)
+    adapting: Adapting = field(default_factory=Adapting)
+    naming: Naming = field(default_factory=Naming)
+    showing: Showing = field(default_factory=Showing)
+    loss: Loss = field(default_factory=Loss)
+    pictures: PictureFolder = field(default_factory=PictureFolder)
+
+
+@dataclass(frozen=True)
 class TrainClip:
     """Train a CLIP on pictures with captions; started again, it resumes. accelerate launch -m ldm train-clip ...
     trains on many GPUs."""
@@ -525,8 +594,10 @@ Command = (
     | Info
     | Convert
     | Sheet
+    | Check
     | Train
     | TrainClip
+    | Tune
     | Index
     | Search
     | Classify

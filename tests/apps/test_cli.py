@@ -415,6 +415,7 @@ def test_version(capsys):
         "info",
         "convert",
         "sheet",
+        "check",
         "train",
         "train-clip",
         "index",

@@ -1,0 +1,235 @@
+"""`ldm tune`: a LoRA, an embedding, a control network or a whole model from a folder of the user's own pictures."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from ldm.apps.check import buckets_of, defaults_of
+from ldm.apps.progress import progress_bar, to_stderr
+from ldm.data.captions import CaptionRules
+from ldm.data.example import PictureSet
+from ldm.data.picture_set import read_pictures
+from ldm.errors import LdmError
+from ldm.pipeline.load import load
+from ldm.training.adapters import AdapterOptions
+from ldm.training.engine.loop import Progress
+from ldm.training.engine.loop_config import LoopConfig
+from ldm.training.engine.ranks import first_rank_first, rank_and_ranks
+from ldm.training.tune.finish import Finished, finish
+from ldm.training.tune.objective import Noising
+from ldm.training.tune.plan import Plan, duration, plan
+from ldm.training.tune.run import prepare_run
+from ldm.training.tune.run import tune as train
+from ldm.training.tune.settings import Tuning, usual_batch, usual_rate, usual_steps
+
+if TYPE_CHECKING:
+    from ldm.apps.options import Tune
+    from ldm.models.presets import SystemConfig
+    from ldm.pipeline.latent_diffusion import LatentDiffusion
+
+
+def tune(command: Tune) -> None:
+    """Tune as the command says: the plan and progress to stderr, the verdict and the written files to stdout.
+
+    Raises LdmError for all that the caller can mend, before anything is trained where it can be known by then.
+    """
+    tuning = tuning_of(command)
+    found = read_pictures(command.folder, tuning.defaults)
+    tuning, found = with_word(tuning, found)
+    precision = precision_of(command.learning.precision, command.device)
+    base = _base(command, tuning, precision)
+    tuning = replace(tuning, buckets=buckets_of(command.pictures, base.config.size))
+    if tuning.method == "dreambooth" and tuning.defaults.regular is None:
+        tuning, found = with_class_pictures(tuning, found, base)
+    with progress_bar(len(found.examples)) as bar:
+        run = prepare_run(
+            tuning, found, base, lambda count: loop_of(command, tuning, base.config, count, precision),
+            lambda done: bar.at("encoding pictures", done),
+        )  # fmt: skip
+    first = rank_and_ranks()[0] == 0
+    planned = plan(run.objective, run.loop, run.kept, len(run.held_out), rank_and_ranks()[1])
+    if first:
+        for line in (*run.notes, *(f"left out: {line}" for line in run.left_out), *planned.lines()):
+            to_stderr(line)
+    if command.plan:
+        print(json.dumps(_plan_object(planned)) if command.json else "\n".join(planned.lines()))
+        return
+    started = time.perf_counter()
+    with progress_bar(run.loop.steps) as bar:
+
+        def shown(at: Progress) -> None:
+            loss = at.figures.get("loss", 0.0)
+            bar.at(f"step {at.step}, loss {loss:.4f}, {duration(at.seconds_left)} left", at.step)
+
+        train(run, shown)
+    if first:
+        ended = finish(run, planned, time.perf_counter() - started)
+        if command.json:
+            print(json.dumps(_object(ended)))
+        else:
+            copied = () if ended.copies is None else ended.copies.sentences
+            for line in (*ended.verdict.sentences, *ended.verdict.advice, *copied):
+                print(line)
+            print(ended.file)
+            print(ended.report)
+
+
+def tuning_of(command: Tune) -> Tuning:
+    """What the flags say, yet without the sizes of pictures, which are the model's unless they say so."""
+    showing, loss, adapting = command.showing, command.loss, command.adapting
+    rules = CaptionRules(
+        shuffle=showing.shuffle,
+        keep=showing.keep,
+        prefix=showing.prefix,
+        suffix=showing.suffix,
+        drop=showing.drop,
+        drop_tags=showing.drop_tags,
+        wildcards=command.pictures.wildcards,
+    )
+    defaults = replace(
+        defaults_of(command.pictures),
+        rules=rules,
+        flip=showing.flip,
+        random_crop=showing.random_crop,
+        repeats=showing.repeats,
+    )
+    return Tuning(
+        pictures=command.folder,
+        output=command.output or Path(f"{command.folder.resolve().stem}-{command.method}"),
+        method=command.method,
+        adapter=AdapterOptions(
+            adapting.kind, adapting.rank, adapting.alpha, adapting.dropout, adapting.conv_rank, adapting.text_rank
+        ),
+        whole=command.whole,
+        text=command.text,
+        word=command.naming.word,
+        like=command.naming.like,
+        vectors=command.naming.vectors,
+        defaults=defaults,
+        held_out=command.held_out,
+        canny=command.canny,
+        noising=Noising(loss.offset, loss.perturbation, loss.zero_terminal_snr, loss.prior_weight),
+        min_snr=loss.min_snr or None,
+        huber=loss.huber,
+        samples=command.sample,
+        seed=command.learning.seed,
+        layout=command.layout,
+        checkpointing=command.learning.checkpointing,
+        cache=command.cache,
+    )
+
+
+def with_word(tuning: Tuning, found: PictureSet) -> tuple[Tuning, PictureSet]:
+    """Captions that hold the word of an embedding: where none does, it is put before each, and a note says so."""
+    if tuning.method != "embedding" or any(tuning.word in text for e in found.examples for text in e.captions):
+        return tuning, found
+    if any(tuning.word in rules for e in found.examples for rules in (e.rules.prefix, e.rules.suffix)):
+        return tuning, found
+    examples = tuple(
+        replace(e, rules=replace(e.rules, prefix=" ".join(filter(None, (tuning.word, e.rules.prefix)))))
+        for e in found.examples
+    )
+    note = f"no caption holds the word {tuning.word!r}: it is put before each"
+    return tuning, replace(found, examples=examples, notes=(*found.notes, note))
+
+
+def with_class_pictures(tuning: Tuning, found: PictureSet, base: LatentDiffusion) -> tuple[Tuning, PictureSet]:
+    """Pictures of the subject's class, drawn by the model itself into OUTPUT/class, two for each of the subject.
+
+    Ruiz et al. 2023, section 3.3. Those that are there already stay. Without a caption for them there are none, and a
+    note says so.
+    """
+    caption = tuning.defaults.regular_tokens
+    if caption is None:
+        note = "no pictures of the class, so the model may forget it; give --class-caption, or --class-pictures too"
+        return tuning, replace(found, notes=(*found.notes, note))
+    folder, count = tuning.output / "class", min(100, 2 * len(found.examples))
+    with first_rank_first(), progress_bar(count) as bar:
+        folder.mkdir(parents=True, exist_ok=True)
+        for seed in range(count):
+            if not (path := folder / f"{seed:03}.png").exists():
+                base.generate(caption, seed=seed)[0].save(path)
+            bar.at("drawing the class", seed + 1)
+    tuning = replace(tuning, defaults=replace(tuning.defaults, regular=folder))
+    return tuning, read_pictures(tuning.pictures, tuning.defaults)
+
+
+Precision = Literal["no", "fp16", "bf16"]
+
+
+def precision_of(asked: Literal["auto", "bf16", "fp16", "no"], device: str) -> Precision:
+    """bfloat16 where nothing is said, but on GPUs that lack it."""
+    if asked != "auto":
+        return asked
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    return "fp16" if on_gpu and not torch.cuda.is_bf16_supported() else "bf16"
+
+
+def loop_of(command: Tune, tuning: Tuning, config: SystemConfig, pictures: int, precision: Precision) -> LoopConfig:
+    """The loop for so many pictures, with what the flags leave open filled in. Raises LdmError for bad numbers."""
+    asked = command.learning
+    batch = usual_batch(config) if asked.batch is None else asked.batch
+    for name, number in (("batch", batch), ("accumulate", asked.accumulate), ("looks", asked.looks)):
+        if number < 1:
+            raise LdmError(f"{name}: found {number}, expected 1 or more")
+    steps = usual_steps(tuning, pictures, batch * asked.accumulate) if asked.steps is None else asked.steps
+    if steps < 1:
+        raise LdmError(f"steps: found {steps}, expected 1 or more")
+    own = 1.0 if asked.optimizer == "prodigy" else usual_rate(tuning, config)  # prodigy finds its own
+    rate = own if asked.rate is None else asked.rate
+    if not 0 <= rate <= 10:
+        raise LdmError(f"rate: found {rate}, expected 0 to 10")
+    if not 0 <= asked.ema < 1:
+        raise LdmError(f"ema: found {asked.ema}, expected 0 or more, and below 1")
+    every = max(1, steps // asked.looks)
+    return LoopConfig(
+        steps=steps,
+        batch=batch,
+        rate=rate,
+        optimizer=asked.optimizer,
+        warmup=min(100, steps // 10) if asked.warmup is None else asked.warmup,
+        schedule=asked.schedule,
+        cooldown=steps // 5 if asked.schedule == "constant" and asked.optimizer != "schedulefree" else 0,
+        ema=asked.ema,
+        accumulate=asked.accumulate,
+        precision=precision,
+        seed=asked.seed,
+        workers=asked.workers,
+        save_every=every,
+        evaluate_every=every,
+        log_every=max(1, min(10, steps // 20)),
+    )
+
+
+def _base(command: Tune, tuning: Tuning, precision: Precision) -> LatentDiffusion:
+    """The model, in as few bytes as its method allows."""
+    whole = not tuning.by_adapter and tuning.method in ("full", "dreambooth")
+    on_cpu = command.device == "cpu" or not torch.cuda.is_available()
+    dtypes = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+    dtype = "float32" if whole or on_cpu else dtypes[precision]
+    return load(command.base, device=command.device, dtype=dtype, allow_pickle=command.allow_pickle)
+
+
+def _plan_object(planned: Plan) -> dict[str, object]:
+    sizes = {f"{width}x{height}": count for (width, height), count in planned.buckets.items()}
+    return {**asdict(planned), "buckets": sizes}
+
+
+def _object(ended: Finished) -> dict[str, object]:
+    verdict = ended.verdict
+    return {
+        "report": str(ended.report),
+        "file": str(ended.file),
+        "outcome": verdict.outcome,
+        "best_step": verdict.best_step,
+        "gap_step": verdict.gap_step,
+        "captions": verdict.captions,
+        "sentences": [*verdict.sentences, *verdict.advice],
+        "copies": None if ended.copies is None else len(ended.copies.copies),
+    }

@@ -1,0 +1,208 @@
+"""What is left of a run when it has ended: its verdict, whether its pictures are copies, and a page about both.
+
+The file that was written is read back as anybody would read it, so the samples of the page are what a user will get.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm.data.buckets import cut
+from ldm.errors import LdmError
+from ldm.evaluation.copies import CopyCheck, Places, check_copies
+from ldm.evaluation.verdict import Verdict, verdict
+from ldm.pipeline.clip import CLIP
+from ldm.pipeline.images import LARGE_BYTES, read_shrunk, to_tensor
+from ldm.pipeline.latent_diffusion import LatentDiffusion
+from ldm.pipeline.load import load
+from ldm.pipeline.load_clip import load_clip
+from ldm.pipeline.request import GenerateRequest
+from ldm.training.tune.measure import load_measured
+from ldm.training.tune.pictures import Prepared
+from ldm.training.tune.plan import Plan, duration, peak_memory
+from ldm.training.tune.report import Pair, Report, Samples, write_report
+from ldm.training.tune.results import result_path
+from ldm.training.tune.run import Run, curves_of
+from ldm.training.tune.samples import control_of
+from ldm.training.tune.trained import CONTROL
+from ldm.weights.adapters.read import read_adapter
+from ldm.weights.embeddings import read_embeddings
+
+COPIED = 16
+"""So many samples are drawn from training captions and looked up among the training pictures."""
+
+PAIRS = 6
+"""Of which so many are shown, the nearest ones."""
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A run's end. file: what was written; copies: None where too few pictures are of one size; report: the page."""
+
+    file: Path
+    verdict: Verdict
+    copies: CopyCheck | None
+    report: Path
+
+
+def finish(run: Run, planned: Plan, seconds: float) -> Finished:
+    """Judge the run by all that it measured, look for copies among what its file draws, and write the page.
+
+    seconds: what the training took
+    """
+    clip = _clip(run)
+    measured = load_measured(run.tuning.output, run.loop.steps)
+    curves = curves_of(run, measured)
+    if clip is not None:
+        curves = replace(curves, similarity=_similarity(clip, run))
+    judged = verdict(curves)
+    found = _copies(run, tuned_model(run), clip)
+    page = run.tuning.output / "report.html"
+    steps = sorted({0, measured[len(measured) // 2].step, judged.best_step or measured[-1].step})
+    report = Report(
+        title=f"{run.tuning.output.resolve().name}: {run.tuning.method} on {run.tuning.pictures.name}",
+        verdict=judged,
+        curves=curves,
+        stages=tuple("before" if step == 0 else f"step {step}" for step in steps),
+        samples=_stages(run, steps),
+        copies=() if found.check is None else found.check.sentences,
+        pairs=_pairs(found),
+        settings=_settings(run),
+        costs={"time": duration(seconds), "memory": f"{peak_memory(run.base.device) / 2**30:.1f} GiB at the peak",
+               "planned": planned.lines()[-1]},
+        left_out=run.left_out,
+    )  # fmt: skip
+    write_report(page, report)
+    return Finished(result_path(run.tuning), judged, found.check, page)
+
+
+def _stages(run: Run, steps: Sequence[int]) -> tuple[Samples, ...]:
+    """What was drawn of each prompt at these steps."""
+    by_step = [run.samples.paths(run.tuning.output, step) for step in steps]
+    rows = []
+    for number, request in enumerate(run.samples.requests):
+        paths = [paths[number] for paths in by_step]
+        rows.append(Samples(request.prompt, tuple(_opened(path) if path.exists() else None for path in paths)))
+    return tuple(rows)
+
+
+def _opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def _pairs(found: _Copies) -> tuple[Pair, ...]:
+    """The samples that are nearest to training pictures, beside them."""
+    if found.check is None:
+        return ()
+    nearest = sorted(found.check.nearest, key=lambda copy: copy.distance)[:PAIRS]
+    return tuple(
+        Pair(
+            f"{found.train[copy.picture].example.name}: {copy.distance:.0%} of the usual distance"
+            + ("" if copy.cosine is None else f", cosine {copy.cosine:.2f}") + (", a near copy" if copy.near else ""),
+            found.samples[copy.sample], _shown(found.train[copy.picture]),
+        )
+        for copy in nearest
+    )  # fmt: skip
+
+
+def _settings(run: Run) -> dict[str, str]:
+    """What the run was told, a line each."""
+    tuning, loop = run.tuning, run.loop
+    base = run.base.origin.path
+    told = {
+        "base": "a model in memory" if base is None else base.name,
+        "method": tuning.method,
+        "pictures": f"{len(run.kept)} to train on, {len(run.held_out)} held out",
+        "steps": f"{loop.steps} of {loop.batch * loop.accumulate} pictures",
+        "rate": f"{loop.rate:g}, {loop.optimizer}, {loop.schedule}",
+        "precision": loop.precision,
+        "seed": str(tuning.seed),
+        "noising": str(tuning.noising),
+        "loss": f"min-SNR {tuning.min_snr}, huber {tuning.huber}",
+    }
+    return told | ({"adapter": str(tuning.adapter)} if tuning.by_adapter else {})
+
+
+def tuned_model(run: Run) -> LatentDiffusion:
+    """The base model with what was written."""
+    path, base = result_path(run.tuning), run.base
+    if run.tuning.by_adapter:
+        return base.with_adapters([(read_adapter(path), 1.0)])
+    if run.tuning.method == "embedding":
+        return base.with_embeddings([*base.embeddings, *read_embeddings(path)])
+    if run.tuning.method == "controlnet":
+        return base.with_controls({CONTROL: path})
+    return load(path, device=base.device, dtype=base.dtype)
+
+
+def _clip(run: Run) -> CLIP | None:
+    """The CLIP in the base model's file, where there is one."""
+    try:
+        return None if run.base.origin.path is None else load_clip(run.base.origin.path, device=run.base.device)
+    except LdmError:
+        return None
+
+
+def _similarity(clip: CLIP, run: Run) -> Tensor:
+    """The cosines of pictures (rows) with captions (columns), of as many as tell something."""
+    pictures = [p for p in run.objective.pictures if not p.example.regular][:128]
+    vectors = clip.image_vectors([_shown(picture) for picture in pictures])
+    return (vectors @ clip.text_vectors([picture.caption for picture in pictures]).T).float().cpu()
+
+
+@dataclass(frozen=True, eq=False)
+class _Copies:
+    """samples: of training captions, as the file draws them; train: the pictures that they are held against."""
+
+    samples: tuple[Image.Image, ...]
+    train: tuple[Prepared, ...]
+    check: CopyCheck | None
+
+
+def _copies(run: Run, model: LatentDiffusion, clip: CLIP | None) -> _Copies:
+    """Samples of training captions, and whether they are copies; of the commonest size alone, to be compared."""
+    objective = run.objective
+    own = [i for i in run.kept if not objective.pictures[i].example.regular]
+    (size, _), *_ = Counter(objective.pictures[i].bucket for i in own).most_common()
+    train = tuple(objective.pictures[i] for i in own if objective.pictures[i].bucket == size)
+    held_out = [objective.pictures[i] for i in run.held_out if objective.pictures[i].bucket == size]
+    samples = []
+    for number, picture in enumerate(train[:COPIED]):
+        request = GenerateRequest(prompt=picture.caption, seed=number, width=size[0], height=size[1])
+        if run.trained.control is not None:
+            request = request.changed(controls=(control_of(picture),))
+        samples.append(model.generate(request)[0].image)
+    if len(train) < 3:
+        return _Copies(tuple(samples), train, None)
+    drawn = Places(
+        torch.cat([_latent(model, image) for image in samples]),
+        None if clip is None else clip.image_vectors(samples).cpu(),
+    )
+    names = [picture.example.name for picture in train]
+    return _Copies(tuple(samples), train, check_copies(drawn, _places(train, clip), _places(held_out, clip), names))
+
+
+def _places(pictures: Sequence[Prepared], clip: CLIP | None) -> Places:
+    if not pictures:
+        return Places(torch.zeros(0))
+    latents = torch.stack([picture.view(0)["latent"].float() for picture in pictures])
+    return Places(latents, None if clip is None else clip.image_vectors([_shown(p) for p in pictures]).cpu())
+
+
+@torch.no_grad()
+def _latent(model: LatentDiffusion, image: Image.Image) -> Tensor:
+    weight = next(model.autoencoder.parameters())
+    return model.autoencoder.encode(to_tensor(image)[None].to(weight)).float().cpu()
+
+
+def _shown(picture: Prepared) -> Image.Image:
+    """A picture as it is trained on."""
+    return cut(read_shrunk(picture.example.image.read(LARGE_BYTES)), picture.views[0].crop)

@@ -1,0 +1,109 @@
+"""Fixed questions about a run: the same pictures, noise and timesteps at every look, so that losses can be compared.
+
+Each picture is asked about twice, told its own caption and told another picture's: a network that has learned what the
+captions say does better with the right one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.errors import LdmError
+from ldm.training.tune.objective import TuneObjective
+from ldm.weights.io import read_header, read_tensors
+from ldm.weights.save import write_tensors
+
+SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Of all timesteps: where the network is asked."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Pictures by number, and a caption for each: their own, and one of another picture."""
+
+    pictures: tuple[int, ...]
+    own: tuple[str, ...]
+    swapped: tuple[str, ...]
+
+
+def question(objective: TuneObjective, pictures: Sequence[int]) -> Question:
+    """What is asked about these pictures: the first caption of each, and that of the next of them that says another.
+
+    Of another of these alone: what is trained on would know its own captions by heart, whether they fit or not.
+    """
+    own = [objective.pictures[i].caption for i in pictures]
+    swapped = [next((text for text in (*own[i + 1 :], *own[:i]) if text != own[i]), own[i]) for i in range(len(own))]
+    return Question(tuple(pictures), tuple(own), tuple(swapped))
+
+
+def timesteps(objective: TuneObjective) -> Tensor:
+    """The timesteps that are asked about, (T,) int64."""
+    return torch.tensor([round(share * (len(objective.schedule) - 1)) for share in SHARES])
+
+
+@torch.no_grad()
+def losses(objective: TuneObjective, pictures: Sequence[int], captions: Sequence[str], draws: int = 1) -> Tensor:
+    """The loss of each picture told this caption at each timestep, the mean of so many draws of noise, (N, T)."""
+    rows = [_losses(objective, i, text, draws) for i, text in zip(pictures, captions, strict=True)]
+    return torch.stack(rows) if rows else torch.zeros(0, len(SHARES))
+
+
+def _losses(objective: TuneObjective, number: int, caption: str, draws: int) -> Tensor:
+    """Of one picture, (T,): one batch of all timesteps and draws."""
+    picture, steps = objective.pictures[number], timesteps(objective).repeat_interleave(draws)
+    view = picture.view(0)
+    latents = view["latent"].float().expand(len(steps), *view["latent"].shape)
+    generator = torch.Generator().manual_seed(number)
+    batch = {
+        "latents": latents,
+        "noise": torch.randn(latents.shape, generator=generator),
+        "timestep": steps,
+        "weight": torch.ones(len(steps)),
+        **{name: view[name].float().expand(len(steps), *view[name].shape) for name in ("mask",) if name in view},
+        **objective.captions.batch([caption] * len(steps), [picture.views[0].crop] * len(steps)),
+    }
+    if objective.control is not None:
+        batch["hint"] = (view["hint"].float() / 255).expand(len(steps), *view["hint"].shape)
+    device = objective.model.device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    with objective.lower_precision():
+        return objective.loss(batch).float().cpu().view(len(SHARES), draws).mean(dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Losses at one step, (N, T) each: of pictures that are trained on and of those held out, told their own captions
+    and told others'."""
+
+    step: int
+    train: Tensor
+    train_swapped: Tensor
+    held_out: Tensor
+    held_out_swapped: Tensor
+
+    def save(self, folder: Path) -> None:
+        """Write it as FOLDER/measured/step-N.safetensors."""
+        path = folder / "measured" / f"step-{self.step:08d}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        names = "train", "train_swapped", "held_out", "held_out_swapped"
+        write_tensors(path, {name: getattr(self, name) for name in names}, {})
+
+
+def load_measured(folder: Path, until: int) -> list[Measured]:
+    """All that was measured up to a step, by step. Raises LdmError for a file that is damaged."""
+    found = []
+    for path in sorted((folder / "measured").glob("step-*.safetensors")):
+        header = read_header(path)
+        tensors = {name: tensor.clone() for name, tensor in read_tensors(header, header.tensors)}
+        step = int(path.stem.removeprefix("step-"))
+        if step <= until:
+            try:
+                found.append(Measured(step, **tensors))
+            except TypeError:
+                raise LdmError(f"{path}: is not what was measured there; remove it and resume the run") from None
+    return found

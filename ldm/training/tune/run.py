@@ -1,0 +1,217 @@
+"""A tuning run: pictures and a base model in, a file for the best step out, and all that a verdict needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ldm.data.example import Example, PictureSet
+from ldm.errors import LdmError
+from ldm.evaluation.curves import Curves, figures
+from ldm.pipeline.latent_diffusion import LatentDiffusion
+from ldm.training.engine.figures import read_figures
+from ldm.training.engine.loop import Progress, train
+from ldm.training.engine.loop_config import LoopConfig, learning_rate
+from ldm.training.engine.memory_saving import checkpointed
+from ldm.training.engine.ranks import first_rank_first, rank_and_ranks
+from ldm.training.tune.cache import Cache
+from ldm.training.tune.captions import LiveCaptions, kept_captions, vary
+from ldm.training.tune.epochs import epochs_of
+from ldm.training.tune.measure import Measured, Question, load_measured, losses, question, timesteps
+from ldm.training.tune.objective import TuneObjective
+from ldm.training.tune.pictures import Prepared, network_mark, prepare
+from ldm.training.tune.results import result_path, run_facts, write_result
+from ldm.training.tune.samples import Samples, samples_for
+from ldm.training.tune.settings import Tuning, buckets_for, held_out_numbers, weighing
+from ldm.training.tune.trained import Trained, trained_of
+
+PROBES = 16
+"""At most so many pictures of each side are asked about at every look."""
+DRAWS = 16
+"""About so many questions of each timestep a side, however few the pictures."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run that is ready to begin, or to go on.
+
+    kept, held_out: numbers of the pictures that are trained on, and that are only measured on
+    left_out: a line for each picture that could not be used
+    """
+
+    tuning: Tuning
+    loop: LoopConfig
+    base: LatentDiffusion
+    trained: Trained
+    objective: TuneObjective
+    kept: tuple[int, ...]
+    held_out: tuple[int, ...]
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
+    samples: Samples
+
+
+def prepare_run(
+    tuning: Tuning,
+    found: PictureSet,
+    base: LatentDiffusion,
+    loop_for: Callable[[int], LoopConfig],
+    seen: Callable[[int], None] = lambda number: None,
+) -> Run:
+    """Encode pictures and captions, or find them in the cache, and set up what is trained.
+
+    loop_for: the loop for so many pictures; seen: told how many pictures are encoded. Raises LdmError where no picture
+    is left, and for all that does not fit together.
+    """
+    cache = Cache(tuning.cache or tuning.output / "cache")
+    with first_rank_first():
+        pictures, left_out = _prepared(tuning, found, base, cache, seen)
+        own = [i for i, picture in enumerate(pictures) if not picture.example.regular]
+        if not own:
+            why = f", as {left_out[0]}" if left_out else ""
+            raise LdmError(f"{tuning.pictures}: no picture is left to train on{why}")
+        held_out = tuple(own[i] for i in held_out_numbers(len(own), tuning.held_out, tuning.seed))
+        kept = tuple(i for i in range(len(pictures)) if i not in held_out)
+        trained = trained_of(base, tuning)
+        examples = [picture.example for picture in pictures]
+        with_text = tuning.text or tuning.method == "embedding"
+        if with_text or vary(examples):
+            captions = LiveCaptions(trained.model, with_text)
+        else:
+            captions = kept_captions(base, examples, cache)
+    loop = loop_for(len(kept))
+    chosen = [pictures[i] for i in kept]
+    epochs = epochs_of(
+        [p.bucket for p in chosen], [p.example.repeats for p in chosen], [p.example.regular for p in chosen],
+        loop.batch, loop.seed,
+    )  # fmt: skip
+    objective = TuneObjective(
+        trained.model,
+        trained.networks,
+        [*chosen, *(pictures[i] for i in held_out)],
+        epochs,
+        captions,
+        noising=tuning.noising,
+        weighing=weighing(tuning, base.config),
+        control=trained.control,
+        autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(loop.precision),
+        facts=_facts(tuning, base, pictures, held_out) | {"batch": loop.batch},
+    )
+    objective.to(base.device)
+    numbers = tuple(range(len(chosen))), tuple(range(len(chosen), len(pictures)))
+    samples = samples_for(tuning, trained, [objective.pictures[i] for i in numbers[1] or numbers[0]])
+    return Run(tuning, loop, base, trained, objective, *numbers, left_out, found.notes, samples)
+
+
+def tune(run: Run, progress: Callable[[Progress], None] | None = None) -> list[Measured]:
+    """Train, or go on training; the file of the best step so far is written at every look. Returns all that was seen.
+
+    Raises as `ldm.training.engine.loop.train` does.
+    """
+    objective, loop, folder = run.objective, run.loop, run.tuning.output
+    ranks = rank_and_ranks()[1]
+    chosen = [objective.pictures[i] for i in run.kept]
+    told = run_facts(run.tuning, loop, run.base, chosen, len(run.held_out), ranks)
+    own = [i for i in run.kept if not objective.pictures[i].example.regular]
+    asked = question(objective, own[:PROBES]), question(objective, run.held_out[:PROBES])
+
+    def look(folder: Path, step: int) -> dict[str, float]:
+        seen = _measured(objective, step, *asked)
+        seen.save(folder)
+        if step and figures(curves_of(run, load_measured(folder, step))).best_step == step:
+            write_result(run.tuning, run.trained, run.base, told, step)
+        with objective.lower_precision():
+            run.samples.draw(folder, step)
+        held_out = {"held_out": float(seen.held_out.mean())} if len(seen.held_out) else {}
+        return {"train": float(seen.train.mean()), **held_out}
+
+    objective.look = look
+    if rank_and_ranks()[0] == 0 and not load_measured(folder, 0):
+        look(folder, 0)
+    with checkpointed(run.trained.networks) if run.tuning.checkpointing else nullcontext():
+        average = train(objective, loop, folder, progress)
+    if rank_and_ranks()[0] == 0 and not result_path(run.tuning).exists():
+        average.swap(objective)  # nothing was better beyond doubt: the last weights, rather than nothing
+        write_result(run.tuning, run.trained, run.base, told, loop.steps)
+        average.swap(objective)
+    return load_measured(folder, loop.steps)
+
+
+def curves_of(run: Run, measured: Sequence[Measured]) -> Curves:
+    """What was measured, as the verdict takes it."""
+    steps = torch.tensor([seen.step for seen in measured])
+    training = [line for line in read_figures(run.tuning.output) if line.of == "training" and "gradient" in line.values]
+    return Curves(
+        steps=steps,
+        timesteps=timesteps(run.objective),
+        train=torch.stack([seen.train for seen in measured]),
+        train_swapped=torch.stack([seen.train_swapped for seen in measured]),
+        held_out=torch.stack([seen.held_out for seen in measured]),
+        held_out_swapped=torch.stack([seen.held_out_swapped for seen in measured]),
+        logged=torch.tensor([line.step for line in training]),
+        rates=torch.tensor([learning_rate(run.loop, line.step - 1) for line in training]),
+        gradients=torch.tensor([line.values["gradient"] for line in training]),
+        pictures=len(run.kept),
+        epochs=int(steps[-1]) * run.loop.batch * run.loop.accumulate * rank_and_ranks()[1] / run.objective.epochs.shown,
+    )
+
+
+def _prepared(
+    tuning: Tuning, found: PictureSet, base: LatentDiffusion, cache: Cache, seen: Callable[[int], None]
+) -> tuple[list[Prepared], tuple[str, ...]]:
+    """The pictures that can be used, and a line for each that cannot."""
+    pictures, left_out = [], list(found.left_out)
+    examples: Sequence[Example] = found.examples
+    sizes = buckets_for(tuning, base.config)
+    for result in prepare(examples, sizes, base.autoencoder, cache, canny=tuning.canny, seed=tuning.seed, seen=seen):
+        if isinstance(result, Prepared):
+            pictures.append(result)
+        else:
+            example, error = result
+            left_out.append(f"{example.name}: {str(error).removeprefix(f'{example.name}: ')}")
+    if tuning.method == "controlnet" and not tuning.canny:
+        bare = [p.example.name for p in pictures if p.example.hint is None]
+        pictures = [p for p in pictures if p.example.hint is not None]
+        left_out += [f"{name}: has no hint, the picture that a control network looks at" for name in bare]
+    return pictures, tuple(left_out)
+
+
+def _facts(
+    tuning: Tuning, base: LatentDiffusion, pictures: Sequence[Prepared], held_out: Sequence[int]
+) -> dict[str, object]:
+    """What a resumed run must have in common with the one that was begun."""
+    digest = hashlib.sha256()
+    for picture in pictures:
+        told = [picture.content, picture.example.captions, repr(picture.example.rules), picture.example.repeats]
+        digest.update(json.dumps([*told, repr(picture.views)]).encode())
+    return {
+        "method": tuning.method,
+        "adapter": repr(tuning.adapter) if tuning.by_adapter else None,
+        "text": tuning.text,
+        "word": [tuning.word, tuning.like, tuning.vectors] if tuning.method == "embedding" else None,
+        "noising": repr(tuning.noising),
+        "min_snr": tuning.min_snr,
+        "huber": tuning.huber,
+        "pictures": digest.hexdigest()[:16],
+        "held_out": list(held_out),
+        "base": network_mark(base.unet),
+    }
+
+
+def _measured(objective: TuneObjective, step: int, train: Question, held_out: Question) -> Measured:
+    def asked(of: Question, captions: Sequence[str]) -> torch.Tensor:
+        return losses(objective, of.pictures, captions, max(1, DRAWS // max(1, len(of.pictures))))
+
+    return Measured(
+        step,
+        asked(train, train.own),
+        asked(train, train.swapped),
+        asked(held_out, held_out.own),
+        asked(held_out, held_out.swapped),
+    )

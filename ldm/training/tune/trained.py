@@ -1,0 +1,89 @@
+"""What each method trains: parts of a model with gradients, the rest of it without."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import nn
+
+from ldm.errors import LdmError
+from ldm.models.controlnet import ControlNet, ControlNetConfig
+from ldm.models.text_encoder import TextTower
+from ldm.models.unet import UNet
+from ldm.pipeline.latent_diffusion import LatentDiffusion
+from ldm.training.adapters import add_adapter
+from ldm.training.textual_inversion import NewWord, new_word
+from ldm.training.tune.settings import Tuning
+
+CONTROL = "tuned"
+"""What requests call the control network that is trained."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A model of which some parameters want gradients, and no others.
+
+    networks: all that a loss goes through; word, control: the new part, where the method makes one
+    """
+
+    model: LatentDiffusion
+    networks: nn.ModuleList
+    word: NewWord | None = None
+    control: ControlNet | None = None
+
+
+def trained_of(base: LatentDiffusion, tuning: Tuning) -> Trained:
+    """The model to train; the base stays as it is but for gradients, which none of its tensors wants.
+
+    Raises LdmError where the model has not what the method trains.
+    """
+    word, control, model = None, None, base
+    if tuning.by_adapter:
+        rank = tuning.adapter.text_rank or (tuning.adapter.rank if tuning.text else None)
+        model = add_adapter(base, replace(tuning.adapter, text_rank=rank), tuning.seed)
+    elif tuning.method == "embedding":
+        word = new_word(base, tuning.word, tuning.vectors, tuning.like)
+        model = base.with_embeddings([*base.embeddings, word.live()])
+    elif tuning.method == "controlnet":
+        control = new_control(base, tuning.seed)
+        model = replace(base, controls={CONTROL: control})
+    else:
+        unet = cast("UNet", _whole(base.unet))
+        text = tuple(_whole(_module(tower)) for tower in base.text) if tuning.text else base.text
+        model = replace(base, unet=unet, text=cast("tuple[TextTower, ...]", text), dtype=torch.float32)
+    parts = [model.unet, *map(_module, model.text), *([word] if word else []), *([control] if control else [])]
+    return Trained(model, nn.ModuleList(parts), word, control)
+
+
+def new_control(base: LatentDiffusion, seed: int) -> ControlNet:
+    """A control network that begins as a copy of the U-Net's contracting half, and changes nothing yet; float32.
+
+    Zhang et al. 2023, section 3.1. Raises LdmError for a U-Net that looks at other pictures itself.
+    """
+    unet, channels = base.unet.config, base.config.autoencoder.latent_channels
+    if unet.in_channels != channels:
+        raise LdmError(f"controlnet: the U-Net takes {unet.in_channels} channels, expected {channels}")
+    halvings = base.config.autoencoder.downsampling.bit_length() - 1
+    widths = (16, 32, 96, 256, 256)[: halvings + 1]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        control = ControlNet(ControlNetConfig(unet=unet, hint_widths=widths))
+    given = base.unet.state_dict()
+    with torch.no_grad():
+        for name, parameter in control.named_parameters():
+            if name in given:
+                parameter.copy_(given[name])
+    return control.to(base.device)
+
+
+def _whole(network: nn.Module) -> nn.Module:
+    """A copy to train all of, float32."""
+    return copy.deepcopy(network).float().requires_grad_(True)
+
+
+def _module(tower: object) -> nn.Module:
+    assert isinstance(tower, nn.Module)
+    return tower

@@ -1,0 +1,182 @@
+"""Tuning from a folder to a file, by every method, on tiny models of random weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.data.example import Defaults
+from ldm.data.picture_set import read_pictures
+from ldm.models.presets import sd1, tiny
+from ldm.pipeline.latent_diffusion import LatentDiffusion
+from ldm.pipeline.load import load, random_system, save_checkpoint
+from ldm.training.adapters import AdapterOptions
+from ldm.training.engine.loop_config import LoopConfig
+from ldm.training.engine.objective import Draw, step_generator
+from ldm.training.tune.finish import finish, tuned_model
+from ldm.training.tune.measure import load_measured
+from ldm.training.tune.plan import plan
+from ldm.training.tune.run import Run, prepare_run, tune
+from ldm.training.tune.settings import Tuning, held_out_numbers
+from ldm.types import Conditioning
+
+LOOP = LoopConfig(
+    steps=4, batch=2, rate=1e-2, warmup=1, ema=0.0, precision="no", save_every=2, evaluate_every=2, log_every=1
+)
+COLORS = ("red", "green", "blue", "white", "black", "gray")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> LatentDiffusion:
+    path = tmp_path_factory.mktemp("base") / "tiny.safetensors"
+    save_checkpoint(random_system(tiny(sd1())), path)
+    return load(path, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Six squares of one colour each with some noise, 64 x 64 and larger."""
+    where = tmp_path / "pictures"
+    where.mkdir()
+    for number, color in enumerate(COLORS):
+        noise = np.random.default_rng(number).integers(0, 40, (64, 64, 3), dtype=np.uint8)
+        image = Image.blend(Image.new("RGB", (64, 64), color), Image.fromarray(noise), 0.3)
+        image.save(where / f"{number}.png")
+        (where / f"{number}.txt").write_text(f"a {color} sks square")
+    return where
+
+
+def tuning(folder: Path, **fields) -> Tuning:
+    return Tuning(pictures=folder, output=folder.parent / "out", **fields)
+
+
+def ready(settings: Tuning, base: LatentDiffusion, loop: LoopConfig = LOOP) -> Run:
+    return prepare_run(settings, read_pictures(settings.pictures, settings.defaults), base, lambda _: loop)
+
+
+def said(model: LatentDiffusion, prompt: str = "a red sks square") -> torch.Tensor:
+    """What the U-Net answers to a prompt."""
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model.unet(x, torch.tensor([500]), Conditioning(cross=model.encode_prompt(prompt).cross.clone()))
+
+
+METHODS = {
+    "lora": {"adapter": AdapterOptions(rank=4)},
+    "lora with text": {"adapter": AdapterOptions(rank=4), "text": True},
+    "full": {"method": "full"},
+    "full with text": {"method": "full", "text": True},
+    "embedding": {"method": "embedding", "like": "thing", "vectors": 2},
+    "dreambooth": {"method": "dreambooth", "adapter": AdapterOptions(rank=4)},
+    "controlnet": {"method": "controlnet", "canny": True},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_file_draws_as_what_was_trained(name, folder, base):
+    before = {key: tensor.clone() for key, tensor in base.unet.state_dict().items()}
+    run = ready(tuning(folder, **METHODS[name]), base)
+    measured = tune(run)
+    assert [seen.step for seen in measured] == [0, 2, 4]
+    planned = plan(run.objective, run.loop, run.kept, len(run.held_out), 1)
+    ended = finish(run, planned, 1.0)
+    assert ended.verdict.sentences
+    assert "<html" in ended.report.read_text()
+    step = int(json.loads(json.dumps(load_metadata(ended.file)))["ss_steps"])
+    assert step in (2, 4)
+    model = tuned_model(run)
+    if step == 4:  # the last weights, as the average of a decay of 0 is
+        if run.trained.control is not None:
+            written = model.controls["tuned"].state_dict()
+            for key, tensor in run.trained.control.state_dict().items():
+                assert torch.allclose(written[key], tensor, atol=2e-3), key
+        else:
+            assert torch.allclose(said(model), said(run.trained.model), atol=2e-2)
+    if run.trained.control is None:
+        assert not torch.allclose(said(model), said(base), atol=1e-5)
+    assert all(torch.equal(before[key], tensor) for key, tensor in base.unet.state_dict().items())
+
+
+def load_metadata(path: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def test_losses_fall_and_the_best_step_is_written(folder, base):
+    loop = replace(LOOP, steps=30, batch=4, evaluate_every=10, save_every=30)
+    run = ready(tuning(folder, method="full"), base, loop)
+    measured = tune(run)
+    assert measured[-1].train.mean() < 0.9 * measured[0].train.mean()
+    assert load_measured(run.tuning.output, 10)[-1].step == 10
+
+
+def test_a_run_goes_on_where_it_stopped(folder, base):
+    straight = ready(tuning(folder), base)
+    tune(straight)
+    parts = replace(tuning(folder), output=folder.parent / "parts")
+    tune(ready(parts, base, replace(LOOP, steps=2)))
+    resumed = ready(parts, base)
+    tune(resumed)
+    theirs = dict(straight.objective.named_parameters())
+    for name, parameter in resumed.objective.named_parameters():
+        assert torch.equal(parameter, theirs[name]), name
+
+
+def test_pictures_of_the_class_count_as_they_are_told(folder, base):
+    of_class = folder.parent / "class"
+    of_class.mkdir()
+    Image.new("RGB", (64, 64), "yellow").save(of_class / "y.png")
+    settings = tuning(folder, method="dreambooth", adapter=AdapterOptions(rank=2))
+    settings = replace(settings, defaults=Defaults(regular=of_class, regular_tokens="a square"))
+    settings = replace(settings, noising=replace(settings.noising, prior=0.25))
+    run = ready(settings, base)
+    batches = [run.objective.batch(Draw(2, n, step_generator(0, n))) for n in range(len(run.objective.epochs))]
+    weights = torch.cat([batch["weight"] for batch in batches])
+    assert set(weights.tolist()) == {0.25, 1.0} and abs(int((weights == 1).sum()) - len(weights) / 2) <= 1
+    whole = replace(run.objective.noising, prior=1.0)
+    batch = batches[0]
+    plain = run.objective.loss({**batch, "weight": torch.ones(2)})
+    assert torch.allclose(run.objective.loss(batch), plain * batch["weight"]) and whole.prior == 1
+
+
+def test_offset_and_perturbation_are_drawn_as_they_say(folder, base):
+    settings = tuning(folder, adapter=AdapterOptions(rank=2))
+    plain = ready(settings, base).objective
+    loud = ready(replace(settings, noising=replace(settings.noising, offset=0.5, perturbation=0.2)), base).objective
+    offsets, more = [], []
+    for number in range(40):
+        batch = loud.batch(Draw(2, number, step_generator(0, number)))
+        quiet = plain.batch(Draw(2, number, step_generator(0, number)))
+        difference = batch["noise"] - quiet["noise"]
+        assert torch.allclose(difference, difference[:, :, :1, :1].expand_as(difference), atol=1e-6)
+        offsets.append(difference[:, :, 0, 0].flatten())
+        more.append((batch["shown"] - batch["noise"]).flatten())
+    assert float(torch.cat(offsets).std()) == pytest.approx(0.5, rel=0.15)
+    assert float(torch.cat(more).std()) == pytest.approx(0.2, rel=0.05)
+
+
+def test_the_plan_counts_and_changes_nothing(folder, base):
+    run = ready(tuning(folder, adapter=AdapterOptions(rank=4)), base)
+    before = {name: p.clone() for name, p in run.objective.named_parameters()}
+    planned = plan(run.objective, run.loop, run.kept, len(run.held_out), 1)
+    assert (planned.pictures, planned.held_out, planned.regular) == (5, 1, 0)
+    assert planned.buckets == {(64, 64): 5} and planned.epochs == pytest.approx(4 * 2 / 5)
+    assert planned.trained == sum(p.numel() for p in run.objective.parameters() if p.requires_grad) > 0
+    assert planned.seconds > 0 and len(planned.lines()) == 5
+    assert all(torch.equal(before[name], p) for name, p in run.objective.named_parameters())
+    assert all(p.grad is None for p in run.objective.parameters())
+
+
+@pytest.mark.parametrize(("count", "share", "expected"), [(1, None, 0), (5, None, 1), (19, None, 1), (20, None, 4),
+                                                          (1000, None, 32), (10, 0.5, 5), (10, 0.0, 0)])  # fmt: skip
+def test_how_many_are_held_out(count, share, expected):
+    chosen = held_out_numbers(count, share, 0)
+    assert len(chosen) == expected == len(set(chosen)) and all(0 <= i < count for i in chosen)
