@@ -65,7 +65,8 @@ def finish(run: Run, planned: Plan, seconds: float) -> Finished:
     judged = verdict(curves)
     found = _copies(run, tuned_model(run), clip)
     page = run.tuning.output / "report.html"
-    steps = sorted({0, measured[len(measured) // 2].step, judged.best_step or measured[-1].step})
+    last = measured[-1].step
+    steps = sorted({0, judged.best_step or last, last})
     report = Report(
         title=f"{run.tuning.output.resolve().name}: {run.tuning.method} on {run.tuning.pictures.name}",
         verdict=judged,
