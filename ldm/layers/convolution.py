@@ -5,8 +5,34 @@ Shapes: B batch, C channels, h and w height and width, E width of the time embed
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ldm.layers import cpu_bfloat16
+
+
+def fastest_layout(x: Tensor) -> Tensor:
+    """Pictures or a convolution's weight, (B, C, h, w), in the memory format that their dtype is convolved fastest in.
+
+    Channels-last in half precision: twice as fast on a CPU, and what tensor cores take. Convolutions hand the format
+    on; a weight in another one is copied at each call. In float32, and with other than four dimensions: as it is.
+    """
+    half = x.dim() == 4 and x.dtype in (torch.bfloat16, torch.float16)
+    return x.contiguous(memory_format=torch.channels_last) if half else x
+
+
+class Conv3x3(nn.Conv2d):
+    """The 3x3 convolution that keeps height and width, by the kernel that is fastest for its size."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(channels, out_channels, 3, padding=1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, channels, h, w) -> (B, out_channels, h, w)."""
+        if cpu_bfloat16.serves(input, self.weight) and cpu_bfloat16.product_wins(input, self.weight):
+            return cpu_bfloat16.convolve_by_product(input, self.weight, self.bias)
+        return super().forward(input)
 
 
 class ResBlock(nn.Module):
@@ -17,15 +43,13 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, embedding_width: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), Conv3x3(channels, out_channels))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_width, out_channels))
         self.out_layers = nn.Sequential(
             nn.GroupNorm(32, out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+            Conv3x3(out_channels, out_channels),
         )
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
@@ -53,7 +77,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, C, h, w) -> (B, C, *size). The size is the skip's, which is odd where a level had an odd size."""

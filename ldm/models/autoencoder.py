@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.layers.attention import attend
+from ldm.layers.convolution import fastest_layout
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 2 z, H / f, W / f)."""
-        hidden = self.conv_in(x)
+        hidden = self.conv_in(fastest_layout(x))
         for level in self.down:
             hidden = level(hidden)
         return self.conv_out(F.silu(self.norm_out(self.mid(hidden))))
@@ -216,7 +217,7 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, z, h, w) -> (B, 3, h f, w f)."""
-        hidden = self.mid(self.conv_in(z))
+        hidden = self.mid(self.conv_in(fastest_layout(z)))
         for level in reversed(self.up):
             hidden = level(hidden)
         return self.conv_out(F.silu(self.norm_out(hidden)))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.layers.attention import AttentionBlock
-from ldm.layers.convolution import Downsample, ResBlock, Upsample
+from ldm.layers.convolution import Downsample, ResBlock, Upsample, fastest_layout
 from ldm.layers.embeddings import sinusoidal_embedding
 from ldm.layers.transformer import SpatialTransformer
 from ldm.types import Conditioning
@@ -145,6 +145,7 @@ class Contracting(nn.Module):
         embedding = self.embed(timestep, cond.vector, x.dtype)
         hidden = x if cond.concat is None else torch.cat([x, cond.concat], dim=1)
         skips: list[Tensor] = []
+        hidden = fastest_layout(hidden)
         for stage in self.input_blocks:
             hidden = stage(hidden, embedding, cond.cross)
             if hint is not None and not skips:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ldm.errors import LdmError
+from ldm.layers import cpu_bfloat16
 from ldm.layers.attention import AttentionBlock, CrossAttention, attend, attention_backend
+from ldm.layers.cpu_bfloat16 import attend_in_blocks
 
 
 def textbook(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
@@ -53,6 +55,22 @@ def test_causal_attention_sees_no_later_key(heads):
 def test_attend_takes_slices_of_one_projection():
     q, k, v = random_qkv(6, 6, 48)[0].chunk(3, dim=-1)
     assert torch.allclose(attend(q, k, v, 2).double(), textbook(q, k, v, 2), atol=1e-5)
+
+
+def test_bfloat16_on_a_cpu_goes_in_blocks_where_nothing_learns(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cpu_bfloat16, "attend_in_blocks", lambda *args: calls.append(1) or attend_in_blocks(*args))
+    q, k, v = (t.bfloat16() for t in random_qkv(6, 9, 16))
+    out = attend(q, k, v, 2)
+    assert len(calls) == 1
+    assert torch.allclose(out.double(), textbook(q, k, v, 2), atol=0.02)
+    attend(q.float(), k.float(), v.float(), 2)
+    with attention_backend("sdpa"):
+        attend(q, k, v, 2)
+    q.requires_grad_()
+    attend(q, k, v, 2).sum().backward()
+    assert len(calls) == 1
+    assert q.grad is not None
 
 
 class LowerTriangularMask:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm.layers.convolution import Downsample, ResBlock, Upsample
+from ldm.layers.convolution import Downsample, ResBlock, Upsample, fastest_layout
 
 
 @pytest.mark.parametrize(("side", "half"), [(8, 4), (9, 5), (1, 1)])
@@ -39,3 +39,12 @@ def test_residual_block_drops_only_in_training():
     assert not torch.equal(block(x, embedding), block(x, embedding))
     block.eval()
     assert torch.equal(block(x, embedding), block(x, embedding))
+
+
+@pytest.mark.parametrize(("dtype", "last"), [(torch.float32, False), (torch.bfloat16, True), (torch.float16, True)])
+def test_half_precision_is_laid_out_channels_last(dtype, last):
+    x = torch.randn(2, 4, 5, 6).to(dtype)
+    out = fastest_layout(x)
+    assert torch.equal(out, x)
+    assert out.is_contiguous(memory_format=torch.channels_last) is last
+    assert fastest_layout(x[0, 0]).is_contiguous()
