@@ -67,12 +67,13 @@ def choose_precision(dtype: str | torch.dtype, device: torch.device, family: Fam
     """The dtype of every part for a named one, or for "auto": float16 on a GPU; on a CPU bfloat16 where it multiplies
     that natively, else float32.
 
-    The name is the U-Net's. On a CPU text towers and autoencoder stay in float32: they take a small share of the time.
-    On a GPU they follow the U-Net, but for SDXL's autoencoder, which overflows in float16 and gets bfloat16 or float32.
+    The name is the U-Net's. The autoencoder and, on a GPU, the text towers follow it, but for SDXL's autoencoder, which
+    overflows in float16 and gets bfloat16 or float32. On a CPU text towers stay in float32: they take hardly any time.
     """
     wanted = check_dtype(dtype, device)
     if device.type == "cpu":
-        return Precision(wanted or _native_cpu_dtype(), torch.float32, torch.float32)
+        wanted = wanted or _native_cpu_dtype()
+        return Precision(wanted, torch.float32, wanted)
     wanted = wanted or torch.float16
     if wanted is torch.float16 and family in ("sdxl", "sdxl-refiner"):
         wide = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ldm.diffusion.schedule import NOISE_SCHEDULES
 from ldm.errors import LdmError
+from ldm.layers.convolution import fastest_layout
 from ldm.models.presets import Family, PredictionType, SystemConfig
 from ldm.models.unet import UNet
 from ldm.pipeline.device import Precision, check_dtype, choose_device, choose_precision
@@ -231,7 +232,8 @@ def _fill(networks: Networks, source: Source, device: torch.device, precision: P
         dtype = {UNET: precision.unet, FIRST_STAGE: precision.autoencoder}.get(prefix, precision.text)
         names = [prefix + name for name in network.state_dict()]
         state = {
-            name.removeprefix(prefix): tensor.to(device=device, dtype=dtype) for name, tensor in source.read(names)
+            name.removeprefix(prefix): fastest_layout(tensor.to(device=device, dtype=dtype))
+            for name, tensor in source.read(names)
         }
         network.load_state_dict(state, strict=True, assign=True)
         network.eval().requires_grad_(False)

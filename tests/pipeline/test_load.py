@@ -19,7 +19,7 @@ from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import MODEL_VARIABLE, load, random_system, save_checkpoint, shipped_model
 from ldm.types import Conditioning
 from ldm.weights.config_json import CONFIG_KEY
-from ldm.weights.layout import CLIP, UNET, Networks, build
+from ldm.weights.layout import CLIP, FIRST_STAGE, UNET, Networks, build
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
@@ -73,7 +73,7 @@ def path(tiny_file: Callable[[SystemConfig], Path]) -> Path:
 def test_weights_are_cast_while_they_are_loaded(path: Path) -> None:
     on_disk = load_file(path)
     for name, tensor in state(load(path, device="cpu", dtype="bf16")).items():
-        assert tensor.dtype == (torch.bfloat16 if name.startswith(UNET) else torch.float32)
+        assert tensor.dtype == (torch.bfloat16 if name.startswith((UNET, FIRST_STAGE)) else torch.float32)
         assert torch.equal(tensor, on_disk[name].to(tensor.dtype))
 
 
@@ -314,11 +314,11 @@ def test_dtypes_that_are_not_known(dtype: str | torch.dtype, path: Path) -> None
 def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     half, brain, single = torch.float16, torch.bfloat16, torch.float32
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert choose_precision("auto", CPU, "sd1") == Precision(brain, single, single)
+    assert choose_precision("auto", CPU, "sd1") == Precision(brain, single, brain)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert choose_precision("auto", CPU, "sd1") == Precision(single, single, single)
-    assert choose_precision("bf16", CPU, "sd1") == Precision(brain, single, single)
+    assert choose_precision("bf16", CPU, "sd1") == Precision(brain, single, brain)
     assert choose_precision("auto", GPU, "sd1") == Precision(half, half, half)
     assert choose_precision("float32", GPU, "sdxl") == Precision(single, single, single)
     assert choose_precision("bfloat16", GPU, "sdxl") == Precision(brain, brain, brain)
