@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "samplers": {"errors", "types", "diffusion"},
     "weights": {"errors", "types", "layers", "models"},
     "data": {"errors"},
-    "evaluation": {"errors"},
+    "evaluation": {"errors", "types", "models", "diffusion", "weights", "pipeline"},
     "pipeline": {"errors", "types", "layers", "models", "diffusion", "samplers", "weights"},
     "search": {"errors", "types", "models", "weights", "pipeline"},
     "tasks": {"errors", "types", "layers", "models", "diffusion", "samplers", "weights", "pipeline", "evaluation"},
@@ -44,7 +44,7 @@ EXCEPTIONS = {
 
 HEAVY: dict[str, set[str]] = {
     "transformers": {"models/depth.py", "training/engine/optimizers.py"},
-    "diffusers": set(),
+    "diffusers": {"evaluation/bench_diffusers.py"},
     "peft": {"training/adapters.py"},
     "open_clip": {
         "training/clip.py",
@@ -69,6 +69,7 @@ HEAVY: dict[str, set[str]] = {
         "data/pictures/build.py",
     },
     "rich": {
+        "apps/bench.py",
         "apps/check.py",
         "apps/progress.py",
         "apps/info.py",
