@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Annotated, Any, TextIO, assert_never
@@ -18,6 +19,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
 
 from ldm import __version__
+from ldm.apps.flags import Model
 from ldm.apps.options import (
     Check,
     Classify,
@@ -106,9 +108,21 @@ def _run(arguments: Sequence[str]) -> int:
     if list(arguments) in (["--version"], ["-V"]):
         print(f"ldm {__version__}")
     else:
-        _dispatch(parse(arguments))
+        command = parse(arguments)
+        with _attention(command):
+            _dispatch(command)
     sys.stdout.flush()
     return 0
+
+
+def _attention(command: Command) -> AbstractContextManager[None]:
+    """The command runs with the attention kernel that its --attention asks for, if it has one. Raises `LdmError`."""
+    model = getattr(command, "model", None)
+    if not isinstance(model, Model) or model.attention == "auto":
+        return contextlib.nullcontext()
+    from ldm.layers.attention import attention_backend
+
+    return attention_backend(model.attention)
 
 
 def _no_room(error: Exception) -> str | None:

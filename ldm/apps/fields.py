@@ -187,6 +187,7 @@ def _steering_fields(steering: Steering) -> dict[str, Any]:
         "guidance_end": steering.guidance_end,
         "perturbed": steering.perturbed,
         "apg": Apg(**given) if steering.apg or given else None,
+        "reuse": steering.reuse,
     }
 
 

@@ -71,6 +71,8 @@ class Model:
     """cpu, cuda, cuda:1, mps; auto is a CUDA GPU if there is one, else the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The precision of the networks."""
+    attention: Literal["auto", "sdpa", "xformers"] = "auto"
+    """The kernel: torch's own, xformers', or the fastest one here."""
     prediction: Literal["auto", "eps", "v", "x0", "probe"] = "auto"
     """What the U-Net says: noise, velocity or picture. auto reads it off the file, probe tries an SD 2.x file."""
 
@@ -153,7 +155,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Steering:
-    """Guidance in detail."""
+    """Guidance in detail, and steps that are cheaper."""
 
     guidance_start: Annotated[float, arg(metavar="X")] = 0.0
     """The share of the steps before guidance begins to act."""
@@ -169,6 +171,8 @@ class Steering:
     """The largest norm of the difference that guides, 0 for no limit; by default 7.5."""
     apg_momentum: Annotated[float | None, arg(metavar="X", help_behavior_hint="")] = None
     """How much of the differences before is added, -1 to 1; by default -0.75."""
+    reuse: Annotated[int, arg(metavar="N")] = 1
+    """Compute the inner half of the U-Net at every Nth step alone: 2 is faster and nearly as good, 1 is exact."""
 
 
 @dataclass(frozen=True)

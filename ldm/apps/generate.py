@@ -16,6 +16,7 @@ from ldm.apps.fields import picture, requests_of
 from ldm.apps.flags import Details, Model
 from ldm.apps.options import Depth2Img, TaskCommand, Upscale, Variations
 from ldm.apps.progress import Bar, Stopwatch, progress_bar, to_stderr
+from ldm.errors import LdmError
 from ldm.pipeline.files import check_output, output_path, sha256_of
 from ldm.pipeline.request import GenerateRequest
 
@@ -144,6 +145,8 @@ def _loaded(model: Model) -> LatentDiffusion:
         allow_pickle=model.allow_pickle,
         models=model.models or None,
     )
+    if model.attention == "xformers" and loaded.device.type != "cuda":
+        raise LdmError(f"attention xformers: needs a CUDA GPU, and the model is on {loaded.device}; use auto or sdpa")
     for warning in loaded.origin.warnings:
         to_stderr(f"warning: {warning}")
     return loaded

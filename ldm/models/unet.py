@@ -140,18 +140,24 @@ class Contracting(nn.Module):
         perturbed self-attention in the middle. Raises ValueError where `cond` lacks the text states or the vector that
         this network was built for.
         """
+        embedding, skips = self.narrow(x, timestep, cond, len(self.input_blocks), hint)
+        return embedding, skips, self.middle_block(skips[-1], embedding, cond.cross, perturbed=perturbed)
+
+    def narrow(
+        self, x: Tensor, timestep: Tensor, cond: Conditioning, stages: int, hint: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The first `stages` alone: as `contract`, the embedding and the skips that they leave."""
         if cond.cross is None and self._takes_text:
             raise ValueError("this network needs Conditioning.cross")
         embedding = self.embed(timestep, cond.vector, x.dtype)
-        hidden = x if cond.concat is None else torch.cat([x, cond.concat], dim=1)
+        hidden = fastest_layout(x if cond.concat is None else torch.cat([x, cond.concat], dim=1))
         skips: list[Tensor] = []
-        hidden = fastest_layout(hidden)
-        for stage in self.input_blocks:
+        for stage in self.input_blocks[:stages]:
             hidden = stage(hidden, embedding, cond.cross)
             if hint is not None and not skips:
                 hidden = hidden + hint
             skips.append(hidden)
-        return embedding, skips, self.middle_block(hidden, embedding, cond.cross, perturbed=perturbed)
+        return embedding, skips
 
 
 class UNet(Contracting):
@@ -169,16 +175,29 @@ class UNet(Contracting):
 
         Raises ValueError where `cond` lacks the text states or the vector that this network was built for.
         """
+        embedding, skips, hidden = self.controlled(x, timestep, cond)
+        return self.out(self.widen(hidden, skips, embedding, cond, len(self.output_blocks)))
+
+    def controlled(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> tuple[Tensor, list[Tensor], Tensor]:
+        """`contract`, with what control networks add to the skips and to the middle."""
         embedding, skips, hidden = self.contract(x, timestep, cond, perturbed=cond.perturbed)
         if cond.control:
             *levels, middle = cond.control
             hidden = hidden + middle
             skips = [skip + residual for skip, residual in zip(skips, levels, strict=True)]
-        for stage in self.output_blocks:
+        return embedding, skips, hidden
+
+    def widen(self, hidden: Tensor, skips: list[Tensor], embedding: Tensor, cond: Conditioning, stages: int) -> Tensor:
+        """As many of the stages that are left as `stages`: each takes the last of the skips, (B, C_i, h_i, w_i), off.
+
+        hidden: (B, D, h', w'), the middle or what stages before gave; the result is (B, D', h'', w'').
+        """
+        left = len(skips)
+        for stage in self.output_blocks[-left:][:stages]:
             hidden = torch.cat([hidden, skips.pop()], dim=1)
             height, width = skips[-1].shape[-2:] if skips else hidden.shape[-2:]
             hidden = stage(hidden, embedding, cond.cross, (height, width))
-        return self.out(hidden)
+        return hidden
 
 
 def _label_embedding(config: UNetConfig, width: int) -> nn.Module | None:

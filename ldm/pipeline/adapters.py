@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ldm.layers.convolution import fastest_layout
 from ldm.weights.adapters.apply import Use, changed, plan
 from ldm.weights.adapters.read import Adapter
 from ldm.weights.layout import UNET, text_prefix
@@ -49,7 +50,7 @@ def with_adapters(model: LatentDiffusion, choices: Iterable[AdapterChoice]) -> L
     tensors |= model.originals
     changes = plan(model.config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, uses)
     new = {name: tensors[name] for name in model.originals}
-    new |= {name: changed(tensors[name], those) for name, those in changes.items()}
+    new |= {name: fastest_layout(changed(tensors[name], those)) for name, those in changes.items()}
     unet, *text = (_sharing(network, _under(new, prefix)) for prefix, network in networks.items())
     return replace(
         model,

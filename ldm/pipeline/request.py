@@ -161,6 +161,8 @@ class GenerateRequest(Record):
         perturbed:        0..20, how far the result leans away from what the U-Net draws with its middle self-attention
                           switched off (Ahn et al. 2024); 0: not at all
         apg:              guidance by projection; None: plain
+        reuse:            1..10, of so many calls of the U-Net one computes its inner half, whose features the others
+                          take over ("DeepCache"): faster, and less exact; 1: all do
         refine_at:        0..1, the share of the steps after which the model's refiner goes on; None: never
         highres:          a second pass at a larger size
 
@@ -230,6 +232,7 @@ class GenerateRequest(Record):
     guidance_end: Share = 1.0
     perturbed: Annotated[float, Field(ge=0, le=20, description="a number from 0 to 20")] = 0.0
     apg: Apg | None = None
+    reuse: Annotated[int, Field(ge=1, le=10, description="a whole number from 1 to 10")] = 1
     refine_at: Share | None = None
     highres: HighRes | None = None
     seed: Seed | None = None

@@ -24,6 +24,7 @@ from ldm.diffusion.guidance import Guidance, Projection, Told, guided
 from ldm.diffusion.noise import PerImageNoise, per_image_noise
 from ldm.diffusion.state import finish_state
 from ldm.errors import LdmError
+from ldm.models.feature_reuse import FeatureReuse
 from ldm.models.pixel_blocks import FirstStage
 from ldm.pipeline.control import Controlled, Hint, acted_on, prepare_hints
 from ldm.pipeline.device import is_out_of_memory
@@ -35,7 +36,7 @@ from ldm.pipeline.picture import OtherPart, Picture
 from ldm.pipeline.prepare import begun_between
 from ldm.pipeline.request import GenerateRequest
 from ldm.samplers import SAMPLERS
-from ldm.types import Denoise, NoiseSource, Step
+from ldm.types import Denoise, Network, NoiseSource, Step
 
 MAX_BATCH = 8
 BATCH_PIXELS = 8 * 512 * 512
@@ -263,10 +264,18 @@ def _latent_shape(stage: Stage) -> tuple[int, int, int]:
 def _denoise(stage: Stage, denoiser: Denoiser, noise: PerImageNoise) -> Denoise:
     """The stage's denoiser for a whole batch: guided, held to its mask, and made consistent where the sampler wants."""
     count = len(noise.start)
+    if stage.request.reuse > 1:
+        denoiser = replace(denoiser, network=_reusing(denoiser.network, stage), dtype=stage.model.dtype)
     denoise = guided(denoiser, [(sigma, _repeated(told, count)) for sigma, told in stage.told], guidance_of(stage))
     if stage.hold is not None:
         denoise = stage.hold(denoise)
     return consistency(denoise, stage.model.schedule) if stage.request.sampler == "lcm" else denoise
+
+
+def _reusing(network: Network, stage: Stage) -> Network:
+    """The network with a memory of its own for one batch; control networks are asked at every step."""
+    unet = FeatureReuse(stage.model.unet, stage.request.reuse)
+    return replace(network, unet=unet) if isinstance(network, Controlled) else unet
 
 
 def _repeated(told: Told, count: int) -> Told:

@@ -25,7 +25,7 @@ from ldm.pipeline.request import GenerateRequest, as_request
 from ldm.pipeline.sample import Job, Picture, Progress, Stage, run
 from ldm.tasks.common import ToldOver, other_seed, refuse, seeing
 
-NOT_TAKEN = ("image", "mask", "extend", "depth", "highres", "controls", "refine_at")
+NOT_TAKEN = ("image", "mask", "extend", "depth", "highres", "controls", "refine_at", "prior")
 """Fields that frames can do nothing with."""
 
 NOT_AGAIN = "drawn from an embedding that its request does not name: this file alone cannot make it again"

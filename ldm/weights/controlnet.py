@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import LdmError
+from ldm.layers.convolution import fastest_layout
 from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.presets import TEXT_WIDTHS
 from ldm.models.unet import UNet, UNetConfig
@@ -60,7 +61,7 @@ def read_control(
     state = {}
     for name, tensor in source.read(network.state_dict()):
         whole = tensor.float() + added[name].cpu().float() if name in added else tensor
-        state[name] = whole.to(device=device, dtype=dtype)
+        state[name] = fastest_layout(whole.to(device=device, dtype=dtype))
     network.load_state_dict(state, strict=True, assign=True)
     return network.eval().requires_grad_(False)
 

@@ -59,6 +59,28 @@ def test_one_line_from_a_prompt_to_a_picture(tiny_model, tmp_path, capsys):
     assert len(found.record["model_hash"]) == 64 and f"Model hash: {found.record['model_hash'][:10]}" in str(found)
 
 
+def test_the_attention_kernel_is_chosen_for_the_command_alone(tiny_model, monkeypatch):
+    used = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        "ldm.layers.cpu_bfloat16.attend_in_blocks", lambda q, k, v: used.append("blocks") or fused(q, k, v)
+    )
+    plain = ["generate", "a red apple", "--steps", "1", "--dtype", "bfloat16"]
+    assert main([*plain, "--attention", "sdpa"]) == 0
+    assert not used
+    assert main(plain) == 0
+    assert used
+
+
+def test_xformers_is_refused_without_it_and_on_a_cpu(tiny_model, tmp_path, capsys, monkeypatch):
+    arguments = ["generate", "a red apple", "--attention", "xformers", "--device", "cpu"]
+    for spec, message in ((None, "pip install xformers"), (object(), "needs a CUDA GPU, and the model is on cpu")):
+        monkeypatch.setattr("ldm.layers.attention.find_spec", lambda name, spec=spec: spec)
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+    assert not files(tmp_path)
+
+
 def test_the_same_command_twice_keeps_both_and_they_are_equal(tiny_model, tmp_path):
     for _ in range(2):
         assert main(["generate", "x", "--seed", "1", "--steps", "2", "-o", "new/folder"]) == 0

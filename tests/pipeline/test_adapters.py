@@ -21,6 +21,7 @@ from test_pipeline_parity import DDIM, LEADING, SEEDS, assert_same, their_argume
 from torch import Tensor, nn
 
 from ldm.errors import LdmError
+from ldm.layers.convolution import fastest_layout
 from ldm.layers.embeddings import sinusoidal_embedding
 from ldm.models.presets import sd1, sd2, sdxl, tiny
 from ldm.models.tokenizer import END, tokenize
@@ -386,6 +387,7 @@ def test_half_precision_is_rounded_once(models, stack):
     for name, tensor in weights(half.with_adapters(choices)).items():
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, exact[name].bfloat16())
+        assert tensor.stride() == fastest_layout(tensor).stride()
 
 
 def test_pictures_say_their_adapters(models, stack, tmp_path):

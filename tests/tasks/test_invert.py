@@ -20,7 +20,7 @@ from ldm.pipeline.images import picture_bytes, read_picture, to_image
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import random_system
 from ldm.pipeline.prepare import resolve, sigmas_for
-from ldm.pipeline.request import GenerateRequest
+from ldm.pipeline.request import GenerateRequest, PriorUse
 from ldm.pipeline.sample import Picture, Progress, decode
 from ldm.tasks import run
 from ldm.tasks.frames import GIVES_BACK, Frame, draw_frames
@@ -189,6 +189,7 @@ def test_the_method(model):
         ({"variation_strength": 0.5}, "variation_strength: found, expected 0"),
         ({"image": picture()}, "image: found together with a sequence of embeddings"),
         ({"vary": picture()}, "vary: found together with a sequence of embeddings"),
+        ({"prior": PriorUse()}, "prior: found together with a sequence of embeddings"),
     ],
 )
 def test_what_it_does_not_take(fields, message, model):
