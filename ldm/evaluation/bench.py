@@ -63,7 +63,8 @@ Say = Callable[[str], None]
 class Entry:
     """One line of the table. Times are medians in seconds; of "memory" all three are bytes at the peak.
 
-    ratio, ratio_default: theirs over ours, of these medians; paired_ratio: the median of each round's ratio
+    ratio, ratio_default: theirs over ours, of these medians; paired_ratio, paired_ratio_default: the medians of each
+               round's ratio, which count where the machine had other work too
     settings:  what each of the three was, in words
     max_error, l2_error, psnr_db: against the same side's float32 result (largest difference, relative norm, dB)
     agreement: how far their float32 result is from ours, relative norm: whether both hold the same weights
@@ -80,6 +81,7 @@ class Entry:
     ratio: float | None = None
     ratio_default: float | None = None
     paired_ratio: float | None = None
+    paired_ratio_default: float | None = None
     settings: Mapping[str, str | None] | None = None
     max_error: float | None = None
     theirs_max_error: float | None = None
@@ -202,7 +204,8 @@ def _in_process(part: InProcess, subject: Subject, work: Work, runs: int, clock:
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """Runs of both sides in turns: ours against their best, and against their default where that is another one."""
+    """Runs of both sides in turns, ours against their best; and, where that is another one, against their default, of
+    which theirs and the ratio are kept."""
 
     best: Setting
     default: Setting
@@ -210,6 +213,7 @@ class Match:
     theirs_best: list[Measured]
     theirs_default: list[Measured]
     paired_ratio: float
+    paired_ratio_default: float
 
 
 def play(ours: Contestant, theirs: Callable[[Setting], Contestant], tried: Sequence[Setting], runs: int) -> Match:
@@ -223,17 +227,18 @@ def play(ours: Contestant, theirs: Callable[[Setting], Contestant], tried: Seque
     ours_best, theirs_best = against_best["ours"], against_best["theirs"]
     paired = paired_ratio(ours_best, theirs_best)
     if best == tried[0]:
-        return Match(best, best, ours_best, theirs_best, theirs_best, paired)
+        return Match(best, best, ours_best, theirs_best, theirs_best, paired, paired)
     against_default = in_turns({"ours": ours, "theirs": theirs(tried[0])}, runs)
-    both = [*ours_best, *against_default["ours"]]
-    return Match(best, tried[0], both, theirs_best, against_default["theirs"], paired)
+    theirs_default = against_default["theirs"]
+    paired_default = paired_ratio(against_default["ours"], theirs_default)
+    return Match(best, tried[0], ours_best, theirs_best, theirs_default, paired, paired_default)
 
 
 def _entry(part: Part, subject: Subject, work: Work, runs: int, played: Match) -> Entry:
     ours, best, default = map(median_seconds, (played.ours, played.theirs_best, played.theirs_default))
     return Entry(
         part, work.size, runs, "s", ours, best, default, best / ours, default / ours, played.paired_ratio,
-        settings=_settings(subject, played.best, played.default),
+        played.paired_ratio_default, settings=_settings(subject, played.best, played.default),
     )  # fmt: skip
 
 

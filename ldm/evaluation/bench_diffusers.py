@@ -132,9 +132,11 @@ def _placed(network: Any, setting: Setting, work: Work) -> Any:
 
 
 def _of_diffusers(name: str) -> Any:
-    """A class of theirs. What is imported of the package, which is large, is what a script would import."""
+    """A class of theirs, with no more imported of the package, which is large, than a script would import."""
     import diffusers
 
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
     return getattr(diffusers, name)
 
 
