@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -14,6 +16,9 @@ DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
 }  # fmt: skip
+
+MEMORY = Path("/proc/meminfo")
+"""Where Linux tells of the machine's memory."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,16 @@ def choose_precision(dtype: str | torch.dtype, device: torch.device, family: Fam
         wide = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return Precision(wanted, wanted, torch.bfloat16 if wide else torch.float32)
     return Precision(wanted, wanted, wanted)
+
+
+def available_memory(device: torch.device) -> int | None:
+    """How many bytes of its memory are free, on a CPU without swapping; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and MEMORY.exists():
+        found = re.search(r"^MemAvailable:\s*(\d+) kB", MEMORY.read_text(), re.MULTILINE)
+        return None if found is None else int(found[1]) * 1024
+    return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -105,7 +105,7 @@ def load(
     if not comparison.fits:
         raise _error(source, _misfit(comparison, config.family))
     precision = choose_precision(dtype, place, config.family)
-    _fill(networks, source, place, precision)
+    fill(networks, source, place, precision)
     if prediction == "probe":
         config = replace(config, prediction=_probe(networks.unet, source))
         detection = replace(detection, config=config, prediction_rule="one step of its U-Net")
@@ -192,7 +192,10 @@ def random_system(config: SystemConfig, seed: int = 0, *, dtype: torch.dtype = t
     networks = build(config)
     generator = torch.Generator().manual_seed(seed)
     for network in networks.by_prefix().values():
-        state = {name: _random(name, t.shape, generator).to(dtype) for name, t in network.state_dict().items()}
+        state = {
+            name: fastest_layout(_random(name, t.shape, generator).to(dtype))
+            for name, t in network.state_dict().items()
+        }
         network.load_state_dict(state, strict=True, assign=True)
         network.eval().requires_grad_(False)
     return LatentDiffusion(
@@ -226,8 +229,8 @@ def _build(source: Source, config: SystemConfig) -> Networks:
         raise _error(source, str(error)) from None
 
 
-def _fill(networks: Networks, source: Source, device: torch.device, precision: Precision) -> None:
-    """Give every network its tensors, which are known to fit."""
+def fill(networks: Networks, source: Source, device: torch.device, precision: Precision) -> None:
+    """Give every network, built on `meta`, its tensors, which are known to fit, cast and laid out as they are run."""
     for prefix, network in networks.by_prefix().items():
         dtype = {UNET: precision.unet, FIRST_STAGE: precision.autoencoder}.get(prefix, precision.text)
         names = [prefix + name for name in network.state_dict()]

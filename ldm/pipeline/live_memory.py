@@ -1,0 +1,127 @@
+"""How much memory a run would hold, counted while it runs on tensors without numbers.
+
+Inside of `live_memory` networks on torch's `meta` device run as they are, but nothing is computed or allocated; every
+tensor says that it lies on the device that is meant, so that each branch taken is the one taken there. Counted are the
+storages that are alive, and what a kernel holds besides while it runs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Scratch = Callable[[str, tuple[Any, ...], Any], int]
+"""(a kernel's name, what it is given, what it gives back) -> the bytes that it holds besides while it runs."""
+
+META = torch.device("meta")
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of storages that are made inside, until nothing refers to them any more.
+
+    live: bytes now; peak: the most since `restart`
+    """
+
+    def __init__(self, scratch: Scratch) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._scratch = scratch
+        self._seen = dict[int, weakref.ref[torch.UntypedStorage]]()
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        self.peak = self.live
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.is_view:
+            return out
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        self.peak = max(self.peak, self.live + self._scratch(func._schema.name, args, out))
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        """Add a storage that has not been seen, and take it off again when it goes."""
+        key, size = id(storage), storage.nbytes()
+        if key in self._seen or not size:
+            return
+
+        def gone(_: object) -> None:
+            del self._seen[key]
+            self.live -= size
+
+        self._seen[key] = weakref.ref(storage, gone)
+        self.live += size
+
+
+class _StandIn(TorchFunctionMode):
+    """Inside, tensors on `meta` say that they lie on a device, and what is made there is made on `meta`."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func == DEVICE:
+            return self._device
+        args, kwargs = tuple(map(_on_meta, args)), {name: _on_meta(value) for name, value in (kwargs or {}).items()}
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+DEVICE = vars(torch._C.TensorBase)["device"].__get__
+
+
+def _on_meta(value: Any) -> Any:
+    return META if isinstance(value, torch.device) else value
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """By the kernel that the device has, which `meta` would not choose: one that never holds a whole map of scores (its
+    shapes are those of the CPU's), or plain products where only these are allowed."""
+    if torch.backends.cuda.flash_sdp_enabled():
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return fused(q, k, v, 0.0, is_causal, attn_mask=attn_mask)[0]
+    return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, attn_mask, 0.0, is_causal)[0]
+
+
+@contextmanager
+def live_memory(device: torch.device) -> Iterator[LiveMemory]:
+    """Inside, what is run is counted as this device would hold it."""
+    scratch = cpu_scratch if device.type == "cpu" else no_scratch
+    with META, _StandIn(device), LiveMemory(scratch) as memory:
+        yield memory
+
+
+def no_scratch(name: str, given: tuple[Any, ...], back: Any) -> int:
+    """Of kernels that hold nothing besides."""
+    return 0
+
+
+def cpu_scratch(name: str, given: tuple[Any, ...], back: Any) -> int:
+    """What oneDNN holds besides on a CPU.
+
+    It convolves in blocked layouts of its own. Pictures that are channels-last it takes as they are, weights it copies
+    at each call; of contiguous ones it first makes a blocked copy, and turns the blocked result back at the end.
+    """
+    if name != "aten::convolution":
+        return 0
+    x, weight = given[:2]
+    if x.dtype is torch.bfloat16:
+        return _bytes(weight)
+    return max(_bytes(x) + _bytes(weight), _bytes(back))
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

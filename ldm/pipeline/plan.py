@@ -1,0 +1,162 @@
+"""What drawing will take of memory, before anything is drawn: phase by phase, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.models.presets import SystemConfig
+from ldm.pipeline.device import Precision
+from ldm.pipeline.live_memory import live_memory
+from ldm.pipeline.load import fill
+from ldm.types import Conditioning
+from ldm.weights.io import TORCH_DTYPES, WINDOW, StoredTensor, TensorInfo
+from ldm.weights.layout import Networks, build
+from ldm.weights.source import Source
+
+LOADING = 40 * 10**6
+RUNNING = 70 * 10**6
+"""What loading and running take on a CPU besides tensors: pages of libraries that are then used for the first time, the
+kernels that oneDNN makes, the tokenizer's tables. Measured with torch 2.15; hardly any of it grows with a model."""
+
+KEPT_BACK = 64 * 2**20
+"""What the C library's allocator keeps of freed tensors once a network has run: its largest trim threshold."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run, and the most bytes that are held while it lasts, those of the networks among them."""
+
+    name: str
+    peak: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be drawn, of which model, and how.
+
+    tensors:       of the model's file, see `Source.tensors`
+    width, height: of the pictures; batch: of how many are denoised at once
+    guided:        whether the network is asked twice, in one batch
+    from_picture:  whether a picture is encoded first
+    """
+
+    config: SystemConfig
+    tensors: Mapping[str, TensorInfo]
+    device: torch.device
+    precision: Precision
+    width: int
+    height: int
+    batch: int = 1
+    guided: bool = True
+    from_picture: bool = False
+
+
+def tensors_of(config: SystemConfig, dtype: str = "F16") -> dict[str, TensorInfo]:
+    """The tensors that a single file of a system has. dtype: in the format's words."""
+    return {
+        prefix + name: TensorInfo(dtype, tuple(tensor.shape))
+        for prefix, network in build(config).by_prefix().items()
+        for name, tensor in network.state_dict().items()
+    }
+
+
+def plan_drawing(work: Work) -> tuple[Phase, ...]:
+    """What each phase of drawing holds at its peak, in the order of the phases; see `Work`.
+
+    Counted is what the process holds more than before it loaded the model: on a GPU, of the GPU's memory.
+    """
+    phases: list[Phase] = []
+    networks = build(work.config)
+    with live_memory(work.device) as memory, torch.no_grad():
+
+        def ended(name: str, besides: int = RUNNING + KEPT_BACK) -> None:
+            phases.append(Phase(name, memory.peak + (besides if work.device.type == "cpu" else 0)))
+            memory.restart()
+
+        fill(networks, _unread(work), work.device, work.precision)
+        ended("load", LOADING)
+        cond = _told(networks, work)
+        ended("text", RUNNING)
+        autoencoder, precision, f = networks.autoencoder, work.precision, work.config.autoencoder.downsampling
+        make = partial(torch.empty, device=work.device)
+        if work.from_picture:
+            autoencoder.encode(make(1, 3, work.height, work.width, dtype=precision.autoencoder))
+            ended("encode")
+        latents = make(work.batch, work.config.autoencoder.latent_channels, work.height // f, work.width // f)
+        rows = len(latents) * (2 if work.guided else 1)
+        x = latents.repeat(rows // len(latents), 1, 1, 1).to(precision.unet)
+        networks.unet(x, make(rows), cond.repeat(rows))
+        ended("denoise")
+        pixels = autoencoder.decode(latents[:1].to(precision.autoencoder)).float()
+        pixels.clamp(-1, 1)
+        ended("decode")
+    return tuple(phases)
+
+
+def peak(phases: Iterable[Phase]) -> int:
+    """The most bytes of any phase."""
+    return max(phase.peak for phase in phases)
+
+
+def _unread(work: Work) -> Source:
+    """The file, with tensors that have no numbers."""
+    return Source(Path(), work.tensors, {}, partial(_read, work.tensors))
+
+
+def _told(networks: Networks, work: Work) -> Conditioning:
+    """What the U-Net is told of one picture, once the text towers have been asked."""
+    config, dtype = work.config, work.precision.unet
+    make = partial(torch.empty, device=work.device)
+    states = []
+    for tower, use in zip(networks.text, config.text, strict=True):
+        ids = make(1, use.tower.tokens, dtype=torch.int64)
+        states.append(tower(ids, use.skip, use.final_norm, use.pooled).states)
+    unet = config.unet
+    vector = None if unet.vector_width is None else make(1, unet.vector_width, dtype=dtype)
+    extra = unet.in_channels - config.autoencoder.latent_channels
+    f = config.autoencoder.downsampling
+    return Conditioning(
+        cross=torch.cat(states, dim=-1).to(dtype) if states else None,
+        vector=vector if unet.classes is None else make(1, dtype=torch.int64),
+        concat=make(1, extra, work.height // f, work.width // f, dtype=dtype) if extra else None,
+    )
+
+
+def _read(tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """As `ldm.weights.io.read_tensors` maps them: windows of a file, held as long as one tensor in them is."""
+    for window in _windows(tensors, names):
+        ends = [0]
+        for name in window:
+            info = tensors[name]
+            ends.append(ends[-1] + -(-info.count * TORCH_DTYPES[info.dtype].itemsize // 8) * 8)
+        mapped = torch.empty(ends[-1], dtype=torch.uint8)
+        for name, begin in zip(window, ends, strict=False):
+            info = tensors[name]
+            size = info.count * TORCH_DTYPES[info.dtype].itemsize
+            yield name, mapped[begin : begin + size].view(TORCH_DTYPES[info.dtype]).view(info.shape)
+
+
+def _windows(tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> Iterator[list[str]]:
+    """Names in the order in which they lie, in groups of at most WINDOW bytes, or of one tensor."""
+    window, size = list[str](), 0
+    for name in sorted(names, key=partial(_begin, tensors)):
+        info = tensors[name]
+        own = info.count * TORCH_DTYPES[info.dtype].itemsize
+        if window and size + own > WINDOW:
+            yield window
+            window, size = [], 0
+        window.append(name)
+        size += own
+    if window:
+        yield window
+
+
+def _begin(tensors: Mapping[str, TensorInfo], name: str) -> int:
+    info = tensors[name]
+    return info.begin if isinstance(info, StoredTensor) else 0
