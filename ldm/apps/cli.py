@@ -21,6 +21,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixe
 from ldm import __version__
 from ldm.apps.flags import Model
 from ldm.apps.options import (
+    Bench,
     Check,
     Classify,
     Command,
@@ -35,6 +36,7 @@ from ldm.apps.options import (
     Interpolate,
     Outpaint,
     Pca,
+    Plan,
     PriorSheet,
     Redo,
     Score,
@@ -75,6 +77,8 @@ _Parsed = (
     | Annotated[Train, subcommand("train")]
     | Annotated[TrainClip, subcommand("train-clip")]
     | Annotated[Tune, subcommand("tune")]
+    | Annotated[Bench, subcommand("bench")]
+    | Annotated[Plan, subcommand("plan")]
     | Annotated[Index, subcommand("index")]
     | Annotated[Search, subcommand("search")]
     | Annotated[Classify, subcommand("classify")]
@@ -174,6 +178,14 @@ def _dispatch(command: Command) -> None:
             check(command)
         case Train() | TrainClip() | Tune():
             _train(command)
+        case Bench():
+            from ldm.apps.bench import bench
+
+            bench(command)
+        case Plan():
+            from ldm.apps.plan import plan
+
+            plan(command)
         case Index():
             from ldm.apps.index import index
 

@@ -21,7 +21,7 @@ from ldm.apps.flags import (
     SecondPass,
 )
 from ldm.apps.tune_flags import Adapting, Learning, Loss, Naming, Showing
-from ldm.pipeline.request import DEFAULT_STRENGTH, MaskFill
+from ldm.pipeline.request import DEFAULT_GUIDANCE, DEFAULT_STRENGTH, MaskFill
 
 AXIS_HELP = (
     "What changes from column to column: steps=6,12,24  seed=1-5  'guidance=1-9 [3]'  'strength=0.2-0.8 (+0.2)'"
@@ -425,6 +425,63 @@ class TrainClip:
 
 
 @dataclass(frozen=True)
+class Bench:
+    """Time this machine: a step, decoding, text, a picture, loading, peak memory; and diffusers on the same weights in
+    turns, where it is installed."""
+
+    preset: Literal["sd15", "sd21", "sdxl"] | None = None
+    """Random weights in this layout, which cost as much as trained ones."""
+    file: Annotated[Path | None, arg(name="model", metavar="FILE", help_behavior_hint="")] = None
+    """Or a model: a file or a diffusers folder. By default the one that ships."""
+    parts: Annotated[str, arg(metavar="A,B,...")] = "step,decode,text,picture,load,memory"
+    """What to measure. load and memory are of processes of their own."""
+    size: Annotated[str, arg(metavar="N,...", help_behavior_hint="")] = ""
+    """Sides in pixels. By default the model's own."""
+    runs: Annotated[int, arg(metavar="N")] = 5
+    """Timed runs, of which the median counts, after one to warm up."""
+    steps: Annotated[int, arg(metavar="N")] = 4
+    """Of whole pictures."""
+    threads: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """Of both sides. By default torch's own choice."""
+    alone: bool = False
+    """Leave diffusers out."""
+    device: Annotated[str, arg(metavar="D")] = "auto"
+    """cpu, cuda, cuda:1, mps; auto is a CUDA GPU if there is one, else the CPU."""
+    save: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None
+    """A folder with a file for each kind of machine, to which the results are added."""
+    json: bool = False
+    """Print a JSON object."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Say what drawing will take of memory, phase by phase, and what takes less; nothing is loaded for it."""
+
+    preset: Literal["sd15", "sd21", "sdxl"] | None = None
+    """A file of this layout in float16."""
+    file: Annotated[Path | None, arg(name="model", metavar="FILE", help_behavior_hint="")] = None
+    """Or a model: a file or a diffusers folder. By default the one that ships."""
+    size: Annotated[str, arg(metavar="WxH", help_behavior_hint="")] = ""
+    """In pixels, multiples of 8. By default the model's own."""
+    batch: Annotated[int, arg(metavar="N")] = 1
+    """Pictures asked for, of which as many are drawn at once as ldm generate would."""
+    guidance: Annotated[float, arg(metavar="X")] = DEFAULT_GUIDANCE
+    """1 asks the network once a step and not twice."""
+    image: bool = False
+    """Begin with a picture."""
+    budget: Annotated[str | None, arg(metavar="SIZE", help_behavior_hint="")] = None
+    """What it may take, as 6GB. By default what is free."""
+    device: Annotated[str, arg(metavar="D")] = "auto"
+    """cpu, cuda, cuda:1, mps; auto is a CUDA GPU if there is one, else the CPU."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """The precision of the networks."""
+    allow_pickle: bool = False
+    """Read .ckpt, .pt and .bin too, with a reader that runs nothing that is in them."""
+    json: bool = False
+    """Print a JSON object."""
+
+
+@dataclass(frozen=True)
 class Index:
     """Embed the pictures of a folder for ldm search. Started again, it resumes, and follows what changed.
 
@@ -598,6 +655,8 @@ Command = (
     | Train
     | TrainClip
     | Tune
+    | Bench
+    | Plan
     | Index
     | Search
     | Classify

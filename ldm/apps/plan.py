@@ -1,0 +1,154 @@
+"""`ldm plan`: what a run will take of memory, phase by phase, and what would take less."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ldm.apps.fields import size_of
+from ldm.errors import LdmError
+from ldm.models import presets
+from ldm.pipeline.device import available_memory, choose_device, choose_precision
+from ldm.pipeline.load import SHIPPED, shipped_model
+from ldm.pipeline.plan import Phase, Work, peak, plan_drawing, tensors_of
+from ldm.pipeline.request import GenerateRequest
+from ldm.pipeline.sample import batch_size
+from ldm.weights.detect import detect
+from ldm.weights.find import locate, model_roots
+from ldm.weights.io import printable
+from ldm.weights.part import is_part, rest_path, with_rest
+from ldm.weights.source import open_source
+
+if TYPE_CHECKING:
+    from ldm.apps.options import Plan
+
+LAYOUTS = {"sd15": presets.sd1, "sd21": presets.sd2, "sdxl": presets.sdxl}
+
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@dataclass(frozen=True)
+class Other:
+    """Another way to draw as much: the flag that asks for it, and what it costs."""
+
+    flag: str
+    cost: str
+    work: Work
+
+
+def plan(command: Plan) -> None:
+    """Print what the run would take. Raises LdmError for what cannot be."""
+    work, name = work_of(command)
+    budget = None if command.budget is None else bytes_of(command.budget)
+    phases = plan_drawing(work)
+    others = [(other, peak(plan_drawing(other.work))) for other in others_than(work)]
+    room = available_memory(work.device) if budget is None else budget
+    if command.json:
+        print(json.dumps(_as_json(work, name, phases, others, room), indent=2))
+    else:
+        print("\n".join(_lines(work, name, phases, others, room, "free" if budget is None else "allowed")))
+
+
+def work_of(command: Plan) -> tuple[Work, str]:
+    """The flags as a piece of work, and the model's name. Raises LdmError for values that cannot be."""
+    if command.preset is not None and command.file is not None:
+        raise LdmError("model: found both --model and --preset, expected one of them")
+    device = choose_device(command.device)
+    if command.preset is not None:
+        name, config = command.preset, LAYOUTS[command.preset]()
+        tensors = tensors_of(config)
+    else:
+        path = locate("checkpoint", command.file or shipped_model(), model_roots(None))
+        source = open_source(path, allow_pickle=command.allow_pickle)
+        if is_part(source):
+            source = with_rest(source, open_source(rest_path(source, SHIPPED)))
+        name, config, tensors = printable(path.name), detect(source).config, source.tensors
+    width, height = size_of("size", command.size) or (config.size, config.size)
+    request = GenerateRequest(prompt="", width=width, height=height, count=command.batch)
+    work = Work(
+        config,
+        tensors,
+        device,
+        choose_precision(command.dtype, device, config.family),
+        width,
+        height,
+        batch=min(command.batch, batch_size(request)),
+        guided=command.guidance != 1,
+        from_picture=command.image,
+    )
+    return work, name
+
+
+def bytes_of(text: str) -> int:
+    """ "6GB" -> 6 * 10**9, "6GiB" -> 6 * 2**30. Raises LdmError for what is no size."""
+    found = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,6})?)\s*([a-z]{0,3})\s*", text.lower())
+    if found is None or found[2] not in UNITS or not float(found[1]):
+        raise LdmError(f"budget: found {printable(text)}, expected an amount of memory, as 6GB")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def others_than(work: Work) -> Iterator[Other]:
+    """What this program can do to hold less, the one that costs least first."""
+    half = torch.bfloat16 if work.device.type == "cpu" else torch.float16
+    if work.precision.unet is torch.float32:
+        precision = choose_precision(half, work.device, work.config.family)
+        cost = f"rounding to {'8' if half is torch.bfloat16 else '11'} bits; slower on a CPU without bfloat16"
+        yield Other(f"--dtype {str(half).removeprefix('torch.')}", cost, replace(work, precision=precision))
+    if work.batch > 1:
+        yield Other("--count 1", "pictures one after another, which takes a little longer", replace(work, batch=1))
+    if work.guided:
+        cost = "half the time; pictures that follow the prompt less"
+        yield Other("--guidance 1", cost, replace(work, guided=False))
+    width, height = (max(64, side * 3 // 4 // 64 * 64) for side in (work.width, work.height))
+    if width < work.width or height < work.height:
+        smaller = replace(work, width=width, height=height)
+        yield Other(f"--size {width}x{height}", "smaller pictures, sooner", smaller)
+
+
+def _lines(
+    work: Work, name: str, phases: tuple[Phase, ...], others: list[tuple[Other, int]], room: int | None, named: str
+) -> Iterator[str]:
+    most = peak(phases)
+    pictures = "a picture" if work.batch == 1 else f"{work.batch} pictures at once"
+    yield f"{name}: {pictures} of {work.width}x{work.height} on {work.device} ({work.precision})"
+    for phase in phases:
+        yield f"  {phase.name:<8} {gib(phase.peak)}{'  <- the most' if phase.peak == most else ''}"
+    if room is not None:
+        yield f"{'fits' if most <= room else 'does not fit'}: {gib(room).strip()} {named}"
+    if others:
+        yield "less with"
+    for other, takes in others:
+        fits = ", which fits" if room is not None and takes <= room < most else ""
+        yield f"  {other.flag:<18} {gib(takes)}{fits}: {other.cost}"
+
+
+def _as_json(
+    work: Work, name: str, phases: tuple[Phase, ...], others: list[tuple[Other, int]], room: int | None
+) -> dict[str, object]:
+    most = peak(phases)
+    return {
+        "model": name,
+        "device": str(work.device),
+        "precision": str(work.precision),
+        "width": work.width,
+        "height": work.height,
+        "batch": work.batch,
+        "phases": {phase.name: phase.peak for phase in phases},
+        "peak": most,
+        "room": room,
+        "fits": None if room is None else most <= room,
+        "others": [
+            {"flag": o.flag, "cost": o.cost, "peak": takes, "fits": None if room is None else takes <= room}
+            for o, takes in others
+        ],
+    }
+
+
+def gib(size: int) -> str:
+    """Bytes in words."""
+    return f"{size / 2**30:6.2f} GiB"
