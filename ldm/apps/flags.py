@@ -75,6 +75,8 @@ class Model:
     """The kernel: torch's own, xformers', or the fastest one here."""
     prediction: Literal["auto", "eps", "v", "x0", "probe"] = "auto"
     """What the U-Net says: noise, velocity or picture. auto reads it off the file, probe tries an SD 2.x file."""
+    vae_tile: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
+    """Encode and decode in tiles of this side: the same picture with less memory. By default where it must be."""
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,7 @@ def load_plain(model: Model, watch: Stopwatch, details: Details | None = None) -
             allow_pickle=model.allow_pickle,
             device=model.device,
             dtype=model.dtype,
+            vae_tile=model.vae_tile,
         )
         loaded = loaded.with_refiner(_loaded(other))
     watch.mark("loading")
@@ -142,6 +143,7 @@ def _loaded(model: Model) -> LatentDiffusion:
         device=model.device,
         dtype=model.dtype,
         prediction=None if model.prediction == "auto" else model.prediction,
+        vae_tile=model.vae_tile,
         allow_pickle=model.allow_pickle,
         models=model.models or None,
     )

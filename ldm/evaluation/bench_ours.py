@@ -21,9 +21,9 @@ from ldm.evaluation.bench_inputs import GUIDANCE, NEGATIVE, PROMPT, SEED, TIMEST
 from ldm.evaluation.bench_process import Fresh
 from ldm.models.presets import SystemConfig
 from ldm.models.text_encoder import TextStates
+from ldm.pipeline.first_stage import decode as decode_latents
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import load
-from ldm.pipeline.sample import decode as decode_latents
 from ldm.pipeline.text_states import size_numbers, told
 
 Run = Callable[[], Tensor]

@@ -78,7 +78,7 @@ def decode_tiled(autoencoder: AutoencoderKL, latents: Tensor, tile: int, store: 
 
     tile: side of a tile, in positions of the layer that is run, `SMALLEST_TILE` or more
     """
-    _check(tile)
+    check_tile(tile)
     config, decoder = autoencoder.config, autoencoder.decoder
     z = autoencoder.post_quant_conv(latents / config.scale_factor + config.shift_factor)
     middle = decoder.mid(decoder.conv_in(fastest_layout(z)))
@@ -94,7 +94,7 @@ def posterior_tiled(
 
     tile: as of `decode_tiled`
     """
-    _check(tile)
+    check_tile(tile)
     encoder = autoencoder.encoder
     device = next(autoencoder.parameters()).device
     work = _Work(tile, autoencoder.config.norm_groups, device, store)
@@ -104,9 +104,10 @@ def posterior_tiled(
     return DiagonalGaussian(mean, log_variance.clamp(-30.0, 20.0))
 
 
-def _check(tile: int) -> None:
-    if tile < SMALLEST_TILE:
-        raise LdmError(f"tile: found {tile}, expected {SMALLEST_TILE} or more")
+def check_tile(tile: int | None) -> None:
+    """Raises LdmError for a side that a tile cannot have."""
+    if tile is not None and tile < SMALLEST_TILE:
+        raise LdmError(f"vae_tile: found {tile}, expected {SMALLEST_TILE} or more")
 
 
 @dataclass(frozen=True)

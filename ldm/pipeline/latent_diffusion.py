@@ -29,6 +29,7 @@ from ldm.models.unet import UNet
 from ldm.pipeline.adapters import AdapterChoice, AppliedAdapter, with_adapters
 from ldm.pipeline.embeddings import fitted, words_of
 from ldm.pipeline.emphasis import MAX_CHUNKS, encode_chunks, token_chunks
+from ldm.pipeline.first_stage import encode
 from ldm.pipeline.images import as_mask, picture_bytes, read_shrunk, to_tensor
 from ldm.pipeline.picture import OtherPart, Picture
 from ldm.pipeline.prompt import Emphasis
@@ -83,6 +84,7 @@ class LatentDiffusion:
     controls:   see `with_controls`
     refiner:    see `with_refiner`
     prior:      see `with_prior`
+    vae_tile:   the autoencoder works in tiles of this side, with the same result; None: where there is no other way
     """
 
     config: SystemConfig
@@ -101,6 +103,7 @@ class LatentDiffusion:
     controls: Mapping[str, ControlNet] = field(default_factory=dict)
     refiner: LatentDiffusion | None = None
     prior: PriorBeside | None = None
+    vae_tile: int | None = None
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
@@ -267,8 +270,7 @@ class LatentDiffusion:
 
         Raises `LdmError` where that is not finite.
         """
-        weights = next(self.autoencoder.parameters())
-        latent = self.autoencoder.encode(to_tensor(image)[None].to(weights)).float()
+        latent = encode(self.autoencoder, to_tensor(image)[None], self.vae_tile)
         if not torch.isfinite(latent).all():
             raise LdmError(
                 "autoencoder: the picture's latent is not finite; the file is damaged, or try --dtype float32"

@@ -19,6 +19,7 @@ from ldm.diffusion.schedule import NOISE_SCHEDULES
 from ldm.errors import LdmError
 from ldm.layers.convolution import fastest_layout
 from ldm.models.presets import Family, PredictionType, SystemConfig
+from ldm.models.tiled import check_tile
 from ldm.models.unet import UNet
 from ldm.pipeline.device import Precision, check_dtype, choose_device, choose_precision
 from ldm.pipeline.files import reason
@@ -63,6 +64,7 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     prediction: PredictionType | Literal["probe"] | None = None,
+    vae_tile: int | None = None,
     allow_pickle: bool = False,
     models: Sequence[str | Path] | None = None,
 ) -> LatentDiffusion:
@@ -74,6 +76,8 @@ def load(
     device:       "auto" (a CUDA GPU, else the CPU), "cpu", "cuda", "cuda:1", "mps"
     dtype:        "auto", "float32", "bfloat16" or "float16"; see `choose_precision`
     prediction:   overrides what the file says of itself; "probe" runs an SD 2.x U-Net once to find out
+    vae_tile:     the side of tiles, in positions, in which the autoencoder works, with the same result and less memory;
+                  None: where it would not fit otherwise
     allow_pickle: whether .ckpt, .pt and .bin are read, by a reader that runs nothing that is in them
     models:       folders with model files, laid out as by other programs; None: those that `LDM_MODELS` lists
 
@@ -82,6 +86,7 @@ def load(
     """
     place = choose_device(device)
     check_dtype(dtype, place)
+    check_tile(vae_tile)
     path, roots = shipped_model() if path is None else path, model_roots(models)
     source, rules = open_source(locate("checkpoint", path, roots), allow_pickle=allow_pickle), []
     if is_part(source):
@@ -119,6 +124,7 @@ def load(
         image_tokens=networks.image_tokens,
         device=place,
         dtype=precision.unet,
+        vae_tile=vae_tile,
         origin=Origin(
             path=source.path,
             rules=(*describe(detection), *rules, f"device: {place} ({precision})"),

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ldm.diffusion.guidance import Told
 from ldm.diffusion.sigmas import SCHEDULES, end_above_zero
 from ldm.errors import LdmError
+from ldm.pipeline.first_stage import encode
 from ldm.pipeline.images import read_picture, shape_like
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.prior import imagined
@@ -199,7 +200,7 @@ def as_trained(
         around = torch.zeros_like(mask).expand(-1, 3, -1, -1), mask
         notes = (*notes, "this is an inpainting model: all of the picture is masked")
     picture, mask = around
-    outside = model.autoencoder.encode((picture * (1 - mask)).to(next(model.autoencoder.parameters()))).float()
+    outside = encode(model.autoencoder, picture * (1 - mask), model.vae_tile)
     cells = F.adaptive_max_pool2d(mask, outside.shape[2:]).to(outside)
     return partial(_with_channels, torch.cat([cells, outside], dim=1)), notes
 

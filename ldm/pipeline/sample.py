@@ -6,7 +6,6 @@ Shapes: B pictures of a batch, z latent channels, h and w latent height and widt
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +24,10 @@ from ldm.diffusion.noise import PerImageNoise, per_image_noise
 from ldm.diffusion.state import finish_state
 from ldm.errors import LdmError
 from ldm.models.feature_reuse import FeatureReuse
-from ldm.models.pixel_blocks import FirstStage
 from ldm.pipeline.control import Controlled, Hint, acted_on, prepare_hints
 from ldm.pipeline.device import is_out_of_memory
 from ldm.pipeline.embeddings import used_in
+from ldm.pipeline.first_stage import decode
 from ldm.pipeline.images import to_image
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.notes import notes_on
@@ -190,7 +189,7 @@ def _batch(
     for index in range(count):
         request = alone(job.request, first + index)
         begun = time.perf_counter()
-        pixels, notes = decode(last.model.autoencoder, latents[index : index + 1])
+        pixels, notes = decode(last.model.autoencoder, latents[index : index + 1], last.model.vae_tile)
         image = to_image(pixels[0])
         yield Picture(
             image=image if job.finish is None else job.finish(image),
@@ -327,23 +326,3 @@ def denoise_steps(
                 " not finite; the file is damaged, or try --dtype float32"
             )
         yield step
-
-
-def decode(autoencoder: FirstStage, latents: Tensor) -> tuple[Tensor, tuple[str, ...]]:
-    """Latents (B, z, h, w) -> pictures (B, 3, H, W) in [-1, 1], and notes about them.
-
-    What is not finite is decoded again in float32 (half precision overflows in some autoencoders). Raises `LdmError`
-    where that does not help: there is never a black picture in place of an error.
-    """
-    notes: tuple[str, ...] = ()
-    dtype = next(autoencoder.parameters()).dtype
-    pixels = autoencoder.decode(latents.to(dtype)).float()
-    if not torch.isfinite(pixels).all() and dtype != torch.float32:
-        notes = (f"decoded in float32, since the autoencoder overflowed in {str(dtype).removeprefix('torch.')}",)
-        pixels = copy.deepcopy(autoencoder).float().decode(latents.float())
-    if not torch.isfinite(pixels).all():
-        raise LdmError("autoencoder: the decoded picture is not finite; its part of the file is damaged")
-    pixels = pixels.clamp(-1, 1)
-    if bool((pixels.flatten(2).std(dim=2) < 2 / 255).all(dim=1).any()):
-        notes = (*notes, "the picture is of one colour")
-    return pixels, notes

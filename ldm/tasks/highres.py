@@ -15,11 +15,12 @@ from torch import Tensor
 from ldm.diffusion.noise import PerImageNoise
 from ldm.diffusion.state import finish_state, noised
 from ldm.errors import LdmError
+from ldm.pipeline.first_stage import decode
 from ldm.pipeline.images import MAX_PIXELS, to_image
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.prepare import Show, last_steps, sigmas_for, told_over
 from ldm.pipeline.request import GenerateRequest, whole_steps
-from ldm.pipeline.sample import Stage, decode
+from ldm.pipeline.sample import Stage
 
 
 def second_pass(first: Stage, show: Show) -> Stage:
@@ -64,5 +65,5 @@ def _larger(request: GenerateRequest) -> GenerateRequest:
 
 def _larger_picture(model: LatentDiffusion, latent: Tensor, size: tuple[int, int]) -> Tensor:
     """A latent (1, z, h, w) -> that of its picture at a (width, height), by Lanczos."""
-    pixels, _ = decode(model.autoencoder, latent)
+    pixels, _ = decode(model.autoencoder, latent, model.vae_tile)
     return model.latent_of(to_image(pixels[0]).resize(size, Image.Resampling.LANCZOS))

@@ -105,5 +105,5 @@ def test_the_device_holds_a_tile(autoencoder, monkeypatch):
 
 
 def test_a_tile_that_is_too_small(autoencoder):
-    with pytest.raises(LdmError, match="tile: found 8, expected 16 or more"):
+    with pytest.raises(LdmError, match="vae_tile: found 8, expected 16 or more"):
         decode_tiled(autoencoder, torch.zeros(1, autoencoder.config.latent_channels, 8, 8), 8)

@@ -16,11 +16,12 @@ from ldm.errors import LdmError
 from ldm.models.presets import sd1, tiny
 from ldm.pipeline import sample
 from ldm.pipeline.device import is_out_of_memory
+from ldm.pipeline.first_stage import decode
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import random_system
 from ldm.pipeline.picture import Picture
 from ldm.pipeline.request import GenerateRequest, SamplerName, ScheduleName
-from ldm.pipeline.sample import Progress, batch_size, decode
+from ldm.pipeline.sample import Progress, batch_size
 from ldm.samplers import SAMPLERS
 from ldm.tasks import run
 from ldm.types import Conditioning
@@ -146,9 +147,11 @@ def test_out_of_memory_halves_the_batch(call, model):
 
 
 def test_out_of_memory_while_decoding_repeats_no_picture(model):
-    broken = random_system(tiny(sd1()))
+    broken, request = random_system(tiny(sd1())), GenerateRequest(prompt="x", steps=1, count=4, seed=0)
     broken.autoencoder.decoder = Failing(broken.autoencoder.decoder, 2, no_memory)  # pyright: ignore
-    events = list(run(broken, GenerateRequest(prompt="x", steps=1, count=4, seed=0)))
+    with pytest.MonkeyPatch.context() as patch:  # in tiles there is no room either
+        patch.setattr("ldm.pipeline.first_stage.decode_tiled", lambda *_: no_memory(torch.empty(0)))
+        events = list(run(broken, request))
     assert [e.index for e in events if isinstance(e, Picture)] == [0, 1, 2, 3]
     assert [(e.first, e.count) for e in events if isinstance(e, Progress) and not e.done] == [(0, 4), (1, 2), (3, 1)]
 

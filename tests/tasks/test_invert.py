@@ -16,12 +16,13 @@ from ldm.diffusion.prediction import from_denoised
 from ldm.diffusion.state import vp_scale
 from ldm.errors import LdmError
 from ldm.models.presets import sd1, sd2_unclip, small_decoder, tiny
+from ldm.pipeline.first_stage import decode
 from ldm.pipeline.images import picture_bytes, read_picture, to_image
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import random_system
 from ldm.pipeline.prepare import resolve, sigmas_for
 from ldm.pipeline.request import GenerateRequest, PriorUse
-from ldm.pipeline.sample import Picture, Progress, decode
+from ldm.pipeline.sample import Picture, Progress
 from ldm.tasks import run
 from ldm.tasks.frames import GIVES_BACK, Frame, draw_frames
 from ldm.tasks.invert import invert, inverting
