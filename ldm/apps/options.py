@@ -469,6 +469,8 @@ class Plan:
     """1 asks the network once a step and not twice."""
     image: bool = False
     """Begin with a picture."""
+    vae_tile: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
+    """Decode in tiles of this side."""
     budget: Annotated[str | None, arg(metavar="SIZE", help_behavior_hint="")] = None
     """What it may take, as 6GB. By default what is free."""
     device: Annotated[str, arg(metavar="D")] = "auto"

@@ -74,6 +74,8 @@ class _StandIn(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func == DEVICE:
             return self._device
+        if func is Tensor.cpu:  # nothing is copied where it is there already
+            return args[0]
         args, kwargs = tuple(map(_on_meta, args)), {name: _on_meta(value) for name, value in (kwargs or {}).items()}
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)

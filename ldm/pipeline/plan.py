@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.presets import SystemConfig
+from ldm.models.tiled import decode_tiled
 from ldm.pipeline.device import Precision
 from ldm.pipeline.live_memory import live_memory
 from ldm.pipeline.load import fill
@@ -44,6 +46,7 @@ class Work:
     width, height: of the pictures; batch: of how many are denoised at once
     guided:        whether the network is asked twice, in one batch
     from_picture:  whether a picture is encoded first
+    vae_tile:      the side of tiles to decode in, None: whole
     """
 
     config: SystemConfig
@@ -55,6 +58,7 @@ class Work:
     batch: int = 1
     guided: bool = True
     from_picture: bool = False
+    vae_tile: int | None = None
 
 
 def tensors_of(config: SystemConfig, dtype: str = "F16") -> dict[str, TensorInfo]:
@@ -93,8 +97,12 @@ def plan_drawing(work: Work) -> tuple[Phase, ...]:
         x = latents.repeat(rows // len(latents), 1, 1, 1).to(precision.unet)
         networks.unet(x, make(rows), cond.repeat(rows))
         ended("denoise")
-        pixels = autoencoder.decode(latents[:1].to(precision.autoencoder)).float()
-        pixels.clamp(-1, 1)
+        latent = latents[:1].to(precision.autoencoder)
+        if work.vae_tile is not None and isinstance(autoencoder, AutoencoderKL):
+            pixels = decode_tiled(autoencoder, latent, work.vae_tile)
+        else:
+            pixels = autoencoder.decode(latent)
+        pixels.float().clamp(-1, 1)
         ended("decode")
     return tuple(phases)
 

@@ -56,3 +56,15 @@ def test_amounts_of_memory():
     for wrong in ("", "-1GB", "6XB", "0", "6 000"):
         with pytest.raises(LdmError, match="budget: "):
             bytes_of(wrong)
+
+
+def test_tiles_hold_less_of_a_large_picture(tiny_file, capsys):
+    flags = ["plan", "--model", str(tiny_file(tiny(sd1()))), "--device", "cpu", "--dtype", "float32"]
+    flags += ["--size", "1024x1024", "--json"]
+    peaks = {}
+    for tile in ([], ["--vae-tile", "256"]):
+        assert main([*flags, *tile]) == 0
+        told = json.loads(capsys.readouterr().out)
+        peaks[bool(tile)] = told["phases"]["decode"]
+        assert ("--vae-tile 256" in [other["flag"] for other in told["others"]]) is not bool(tile)
+    assert peaks[True] < 0.8 * peaks[False]
