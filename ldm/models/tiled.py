@@ -11,9 +11,10 @@ Shapes: B pictures, C channels, H and W height and width of the picture, h and w
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from math import prod
@@ -57,16 +58,20 @@ def in_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 @contextmanager
 def in_files(folder: Path | None = None) -> Iterator[Store]:
     """Room in files of a folder, by default the system's own for such; all are gone when the block ends."""
-    with tempfile.TemporaryDirectory(prefix="ldm-tiles-", dir=folder) as name:
+    with tempfile.TemporaryDirectory(prefix="ldm-tiles-", dir=folder, ignore_cleanup_errors=True) as name:
         numbers = count()
 
         def store(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            path = Path(name) / str(next(numbers))
+            path, size = Path(name) / str(next(numbers)), prod(shape)
             try:
-                room = torch.from_file(str(path), shared=True, size=prod(shape), dtype=dtype).view(shape)
-            except RuntimeError as error:
-                raise LdmError(f"{name}: no room for the tiles ({str(error).splitlines()[0]}); free some") from None
-            path.unlink()  # the mapping keeps it
+                with path.open("xb") as file:
+                    if hasattr(os, "posix_fallocate"):  # or a disk that is full only later would end the process
+                        os.posix_fallocate(file.fileno(), 0, max(1, size * dtype.itemsize))
+            except OSError as error:
+                raise LdmError(f"{name}: no room for the tiles ({error.strerror}); free some, or set TMPDIR") from None
+            room = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+            with suppress(PermissionError):  # Windows keeps a file that is mapped; it goes with the folder
+                path.unlink()
             return room
 
         yield store

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 import torch
 from torch import Tensor
@@ -85,6 +88,16 @@ def test_activations_wait_in_files_that_go(autoencoder, tmp_path):
     with pytest.raises(RuntimeError, match="inside"), in_files(tmp_path) as store:
         store((2, 3), torch.float32).fill_(1.0)
         raise RuntimeError("inside")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_said(tmp_path, monkeypatch):
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with in_files(tmp_path) as store, pytest.raises(LdmError, match=r"no room for the tiles .*No space left.*TMPDIR"):
+        store((2, 3), torch.float32)
     assert not list(tmp_path.iterdir())
 
 
