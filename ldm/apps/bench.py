@@ -30,8 +30,12 @@ def bench(command: Bench) -> None:
     if command.threads is not None:
         torch.set_num_threads(command.threads)
     device = str(choose_device(plan.device))
-    entries = list(measure(plan, to_stderr))
     model = plan.model.name if isinstance(plan.model, Path) else plan.model
+    entries: list[Entry] = []
+    for entry in measure(plan, to_stderr):
+        entries.append(entry)
+        if command.save is not None:  # at once, for the next one may take minutes
+            to_stderr(f"kept in {printable(str(save(command.save, model, device, entries)))}")
     if command.json:
         told: dict[str, Any] = {"model": model, "machine": machine(device), "versions": versions()}
         print(json.dumps(told | {"threads": torch.get_num_threads()} | by_part(entries), indent=2))
@@ -39,9 +43,6 @@ def bench(command: Bench) -> None:
         Console().print(table(entries))
         for line in notes(entries):
             print(line)
-    if command.save is not None:
-        path = save(command.save, model, device, entries)
-        to_stderr(f"kept in {printable(str(path))}")
 
 
 def plan_of(command: Bench) -> Plan:

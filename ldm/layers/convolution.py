@@ -22,15 +22,13 @@ def fastest_layout(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if half else x
 
 
-class Conv3x3(nn.Conv2d):
-    """The 3x3 convolution that keeps height and width, by the kernel that is fastest for its size."""
-
-    def __init__(self, channels: int, out_channels: int) -> None:
-        super().__init__(channels, out_channels, 3, padding=1)
+class Convolution(nn.Conv2d):
+    """PyTorch's, by the kernel that is fastest for its size."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, channels, h, w) -> (B, out_channels, h, w)."""
-        if cpu_bfloat16.serves(input, self.weight) and cpu_bfloat16.product_wins(input, self.weight):
+        """(B, in_channels, h, w) -> (B, out_channels, h', w')."""
+        keeps_size = (self.kernel_size, self.stride, self.padding) == ((3, 3), (1, 1), (1, 1))
+        if keeps_size and cpu_bfloat16.serves(input, self.weight) and cpu_bfloat16.product_wins(input, self.weight):
             return cpu_bfloat16.convolve_by_product(input, self.weight, self.bias)
         return super().forward(input)
 
@@ -43,13 +41,15 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, embedding_width: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.in_layers = nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), Conv3x3(channels, out_channels))
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(32, channels), nn.SiLU(), Convolution(channels, out_channels, 3, padding=1)
+        )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_width, out_channels))
         self.out_layers = nn.Sequential(
             nn.GroupNorm(32, out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
-            Conv3x3(out_channels, out_channels),
+            Convolution(out_channels, out_channels, 3, padding=1),
         )
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
@@ -77,7 +77,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = Conv3x3(channels, channels)
+        self.conv = Convolution(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, C, h, w) -> (B, C, *size). The size is the skip's, which is odd where a level had an odd size."""

@@ -80,14 +80,9 @@ class AutoencoderObjective(Objective):
         latents = posterior.mean + torch.exp(0.5 * posterior.log_variance) * noise
         decoded = self.autoencoder.reconstruct(_transformed(latents, transform)).float()
         target = _transformed(images, transform)
-        pixels = (decoded - target).abs().mean()
-        edges = (_differences(decoded) - _differences(target)).abs().mean()
-        coarse = (F.avg_pool2d(decoded, 8) - F.avg_pool2d(target, 8)).abs().mean()
-        hues = (decoded.diff(dim=1) - target.diff(dim=1)).abs().mean()
         kl = posterior.kl().mean() / noise[0].numel()
-        weights = self.weights
-        loss = pixels + weights.edges * edges + weights.hues * hues + weights.coarse * coarse + weights.kl * kl
-        return {"loss": loss, "pixels": pixels, "edges": edges, "hues": hues, "coarse": coarse, "kl": kl}
+        parts = _unlike(decoded, target, self.weights)
+        return {**parts, "loss": parts["loss"] + self.weights.kl * kl, "kl": kl}
 
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:
         """PSNR in dB over held-out pictures, and a sheet of them above their reconstructions."""
@@ -99,6 +94,77 @@ class AutoencoderObjective(Objective):
         rows = [picture for i in range(0, 16, 8) for picture in (*images[i : i + 8], *decoded[i : i + 8])]
         save_sheet(torch.stack(rows), folder / f"reconstruction-{step:06d}.png", columns=8)
         return {"psnr": float((-10 * error.log10()).mean())}
+
+
+class VAEDecoderObjective(Objective):
+    """The decoder alone, on latents that are a little off, as a sampler leaves them; the encoder and its latents stay.
+
+    The loss is `AutoencoderObjective`'s but for its KL. A picture's noise is of a level between none and `noise`, in
+    standard deviations of the latents.
+    """
+
+    def __init__(
+        self,
+        autoencoder: AutoencoderKL,
+        pictures: np.ndarray,
+        kept: np.ndarray,
+        held_out: np.ndarray,
+        loss: AutoencoderLoss,
+        noise: float = 0.2,
+    ) -> None:
+        """pictures, kept, held_out: as of `AutoencoderObjective`; the pictures are taken whole."""
+        super().__init__()
+        self.autoencoder = autoencoder.to(memory_format=torch.channels_last)
+        for part in (autoencoder.encoder, autoencoder.quant_conv):
+            part.requires_grad_(False)
+        self.pictures, self.kept, self.held_out = pictures, kept, held_out
+        self.weights, self.noise = loss, noise
+
+    def batch(self, draw: Draw) -> Batch:
+        """Pictures (B, 3, H, W) in [-1, 1], noise (B, z, h, w), and its level (B,)."""
+        index = self.kept[torch.randint(len(self.kept), (draw.count,), generator=draw.generator).numpy()].tolist()
+        images = to_unit(self.pictures[index])
+        level = self.noise * torch.rand(draw.count, generator=draw.generator)
+        return {"images": images, "noise": self._noise(images, draw.generator), "level": level}
+
+    def forward(self, batch: Batch) -> Batch:
+        """-> loss, and its parts."""
+        images = batch["images"].contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            mean = self.autoencoder.posterior(images).mean
+        off = batch["level"][:, None, None, None] * batch["noise"] / self.autoencoder.config.scale_factor
+        return _unlike(self.autoencoder.reconstruct(mean + off).float(), images, self.weights)
+
+    def evaluate(self, folder: Path, step: int) -> dict[str, float]:
+        """PSNR in dB over held-out pictures, without noise and with the half and all of it, and a sheet of the last."""
+        images = to_unit(self.pictures[self.held_out[:64]])
+        noise = self._noise(images, torch.Generator().manual_seed(0)) / self.autoencoder.config.scale_factor
+        device = next(self.autoencoder.parameters()).device
+        means = torch.cat([self.autoencoder.posterior(part.to(device)).mode().cpu() for part in images.split(16)])
+        found = {}
+        for share in (0.0, 0.5, 1.0):
+            latents = means + share * self.noise * noise
+            decoded = torch.cat([self.autoencoder.reconstruct(part.to(device)).cpu() for part in latents.split(16)])
+            error = ((decoded.clamp(-1, 1) - images) / 2).square().flatten(1).mean(dim=1)
+            found[f"psnr_{share * self.noise:g}"] = float((-10 * error.log10()).mean())
+            rows = [picture for i in range(0, 16, 8) for picture in (*images[i : i + 8], *decoded[i : i + 8])]
+        save_sheet(torch.stack(rows), folder / f"reconstruction-{step:06d}.png", columns=8)
+        return found
+
+    def _noise(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        config = self.autoencoder.config
+        sides = [side // config.downsampling for side in images.shape[2:]]
+        return torch.randn(len(images), config.latent_channels, *sides, generator=generator)
+
+
+def _unlike(decoded: Tensor, target: Tensor, weights: AutoencoderLoss) -> dict[str, Tensor]:
+    """How far a decoded picture is from what it should be, (B, 3, H, W) both: the loss, and its parts."""
+    pixels = (decoded - target).abs().mean()
+    edges = (_differences(decoded) - _differences(target)).abs().mean()
+    coarse = (F.avg_pool2d(decoded, 8) - F.avg_pool2d(target, 8)).abs().mean()
+    hues = (decoded.diff(dim=1) - target.diff(dim=1)).abs().mean()
+    loss = pixels + weights.edges * edges + weights.hues * hues + weights.coarse * coarse
+    return {"loss": loss, "pixels": pixels, "edges": edges, "hues": hues, "coarse": coarse}
 
 
 def to_unit(pictures: np.ndarray) -> Tensor:

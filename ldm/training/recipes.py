@@ -4,6 +4,7 @@
     small-clip          pictures and captions -> text tower and image tower
     small-latents       both, over all pictures and captions, once
     small-unet          the denoising network
+    small-vae-decoder   the first stage's decoder again, on latents as a sampler leaves them
     small-assemble      one checkpoint of all of them
     small-decoder       the network again, told CLIP image embeddings besides: a file of its own
     small-prior         captions -> CLIP image embeddings, by diffusion: a file of its own
@@ -93,6 +94,18 @@ SMALL = {
         compile=True,
         save_every=500,
         evaluate_every=1000,
+    ),
+    "vae-decoder": LoopConfig(
+        steps=4_000,
+        batch=16,
+        rate=5e-4,
+        warmup=100,
+        cooldown=2_000,
+        ema=0.998,
+        weight_decay=0.0,
+        compile=True,
+        save_every=250,
+        evaluate_every=500,
     ),
     "decoder": LoopConfig(
         steps=6_000,
@@ -222,6 +235,16 @@ GPU = {
         save_every=1000,
         evaluate_every=1000,
     ),
+    "vae-decoder": LoopConfig(
+        steps=10_000,
+        batch=16,
+        rate=5e-4,
+        warmup=100,
+        cooldown=5_000,
+        ema=0.998,
+        weight_decay=0.0,
+        compile=True,
+    ),
     "upsampler": LoopConfig(
         steps=40_000,
         batch=64,
@@ -254,6 +277,7 @@ def _family(name: str, size: int, loops: dict[str, LoopConfig]) -> dict[str, Rec
         "clip": ("text tower and image tower, contrastively", stages.train_clip),
         "latents": ("encode all pictures and captions once", stages.encode_all),
         "unet": ("the denoising network", stages.train_unet),
+        "vae-decoder": ("the first stage's decoder, on latents as a sampler leaves them", stages.train_vae_decoder),
         "assemble": ("write one checkpoint", stages.assemble),
         "decoder": ("the denoising network, told CLIP image embeddings too", stages.train_decoder),
         "prior": ("the prior: captions to CLIP image embeddings", stages.train_prior),

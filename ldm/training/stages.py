@@ -33,7 +33,7 @@ from ldm.pipeline.images import picture_bytes
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import save_checkpoint
 from ldm.pipeline.request import GenerateRequest
-from ldm.training.autoencoder import AutoencoderLoss, AutoencoderObjective
+from ldm.training.autoencoder import AutoencoderLoss, AutoencoderObjective, VAEDecoderObjective
 from ldm.training.clip import CLIPObjective, Pixels
 from ldm.training.clip_data import Pairs
 from ldm.training.clip_model import small_clip
@@ -113,6 +113,16 @@ def train_autoencoder(work: Workspace, loop: LoopConfig | None) -> None:
     _save(autoencoder, work.stage("autoencoder") / "autoencoder.safetensors")
 
 
+def train_vae_decoder(work: Workspace, loop: LoopConfig | None) -> None:
+    """Learn the autoencoder's decoder further, on noised latents; the latents stay as they are."""
+    assert loop is not None
+    pictures, records = open_packed(work.pictures, work.config.size)
+    autoencoder = _autoencoder(work)
+    objective = VAEDecoderObjective(autoencoder, pictures, *_split(records), AutoencoderLoss())
+    train(objective, loop, work.stage("vae-decoder")).swap(objective)
+    _save(autoencoder, work.stage("vae-decoder") / "autoencoder.safetensors")
+
+
 def train_clip(work: Workspace, loop: LoopConfig | None) -> None:
     """Learn both towers; keep their averaged weights."""
     assert loop is not None
@@ -181,9 +191,8 @@ def train_decoder(work: Workspace, loop: LoopConfig | None) -> None:
     pictures, records = open_packed(work.pictures, work.config.size)
     data, embeddings = _latents(work, records), _embeddings(work, pictures)
     kept, held_out = _split(records)
-    base, config = _system(work), decoder_of(work.config)
+    base, config = _finished(work), decoder_of(work.config)
     assert config.image is not None
-    base.unet.load_state_dict(load_file(_needed(work.stage("unet") / "unet.safetensors")))
     torch.manual_seed(loop.seed)
     unet = widened(base.unet, config.unet)
     unfold(unet, data.whitening)
@@ -243,8 +252,7 @@ def train_prior_ar(work: Workspace, loop: LoopConfig | None) -> None:
 
 def assemble(work: Workspace, loop: None) -> None:
     """Write one checkpoint, float16, in the Stable Diffusion layout, the image tower included."""
-    model = _system(work)
-    model.unet.load_state_dict(load_file(_needed(work.stage("unet") / "unet.safetensors")))
+    model = _finished(work)
     clip = load_file(_needed(work.stage("clip") / "clip.safetensors"))
     extra = {f"cond_stage_model.model.{k}": v for k, v in clip.items() if k.startswith("visual.") or k == "logit_scale"}
     save_checkpoint(model, work.runs / CHECKPOINT, dtype=torch.float16, extra=extra)
@@ -292,6 +300,14 @@ def _system(work: Workspace) -> LatentDiffusion:
     torch.manual_seed(0)
     unet = UNet(config.unet)
     return LatentDiffusion(config, unet, _autoencoder(work), (_text(work),), torch.device("cpu"), torch.float32)
+
+
+def _finished(work: Workspace) -> LatentDiffusion:
+    """The system with all that was trained of it: what the checkpoint holds."""
+    model = _system(work)
+    model.unet.load_state_dict(load_file(_needed(work.stage("unet") / "unet.safetensors")))
+    model.autoencoder.load_state_dict(load_file(_needed(work.stage("vae-decoder") / "autoencoder.safetensors")))
+    return model
 
 
 def _autoencoder(work: Workspace) -> AutoencoderKL:

@@ -72,6 +72,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "generate x --guidance-start 0.1 --guidance-end 0.8 --perturbed 3": {
         "guidance_start": 0.1, "guidance_end": 0.8, "perturbed": 3.0,
     },
+    "generate x --reuse 3": {"reuse": 3},
     "generate x --apg": {"apg": Apg()},
     "generate x --apg-norm 2.5 --apg-parallel 1 --apg-momentum 0": {"apg": Apg(norm=2.5, parallel=1.0, momentum=0.0)},
     "generate x --refiner other.safetensors": {"refine_at": 0.8},

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ldm.layers import cpu_bfloat16
-from ldm.layers.convolution import Conv3x3
+from ldm.layers.convolution import Convolution
 from ldm.layers.cpu_bfloat16 import attend_in_blocks, convolve_by_product
 
 
@@ -40,7 +40,7 @@ def test_few_positions_and_many_weights_go_by_the_product_where_nothing_learns(m
     monkeypatch.setattr(cpu_bfloat16, "MANY_WEIGHTS", 9 * 8 * 16)
     calls = []
     monkeypatch.setattr(cpu_bfloat16, "convolve_by_product", lambda *a: calls.append(1) or convolve_by_product(*a))
-    layer = Conv3x3(8, 16)
+    layer = Convolution(8, 16, 3, padding=1)
     x = torch.randn(2, 8, 4, 4)
     exact = layer(x)
     layer.bfloat16()
@@ -50,7 +50,9 @@ def test_few_positions_and_many_weights_go_by_the_product_where_nothing_learns(m
         assert torch.allclose(out.float(), exact, atol=0.03)
         assert out.is_contiguous(memory_format=torch.channels_last)
         layer(torch.randn(2, 8, 4, 5).bfloat16())
-        Conv3x3(8, 15).bfloat16()(x.bfloat16())
+        Convolution(8, 15, 3, padding=1).bfloat16()(x.bfloat16())
+        Convolution(8, 16, 3, padding=1, stride=2).bfloat16()(x.bfloat16())
+        Convolution(8, 99, 1).bfloat16()(x.bfloat16())
     layer(x.bfloat16()).sum().backward()
     assert len(calls) == 1
     assert layer.weight.grad is not None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,7 @@ from ldm.diffusion.loss import snr_weight
 from ldm.diffusion.schedule import scaled_linear
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.models.unet import UNet, UNetConfig
-from ldm.training.autoencoder import AutoencoderLoss, AutoencoderObjective, to_unit
+from ldm.training.autoencoder import AutoencoderLoss, AutoencoderObjective, VAEDecoderObjective, to_unit
 from ldm.training.diffusion import DiffusionObjective, LatentPictures
 from ldm.training.engine.objective import Draw
 from ldm.training.latents import centre_latents
@@ -86,6 +89,41 @@ class TestAutoencoder:
         assert torch.allclose(after.mean.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-5)
         deviation = before.mean.std(dim=(0, 2, 3))
         assert torch.allclose(after.log_variance, spread - 2 * deviation.log()[:, None, None], atol=1e-4)
+
+
+class TestVAEDecoder:
+    def test_it_learns_the_decoder_alone_from_latents_that_are_off(self, autoencoder: AutoencoderKL) -> None:
+        network = copy.deepcopy(autoencoder)
+        objective = VAEDecoderObjective(
+            network, pictures(4), np.arange(3), np.arange(3, 4), AutoencoderLoss(0.7, 0.6, 0.5, 0.1), noise=0.5
+        )
+        batch = objective.batch(Draw(2, 0, torch.Generator().manual_seed(0)))
+        assert batch["level"].min() >= 0 and batch["level"].max() <= 0.5
+        got = objective(batch)
+        with torch.no_grad():
+            latents = autoencoder.posterior(batch["images"]).mean
+            latents = latents + batch["level"].reshape(2, 1, 1, 1) * batch["noise"] / autoencoder.config.scale_factor
+            decoded = autoencoder.reconstruct(latents)
+        assert got["pixels"].item() == pytest.approx(float((decoded - batch["images"]).abs().mean()), rel=1e-5)
+        parts = [got[name].item() for name in ("pixels", "edges", "hues", "coarse")]
+        assert got["loss"].item() == pytest.approx(sum(np.multiply(parts, (1, 0.7, 0.6, 0.5))), rel=1e-5)
+        got["loss"].backward()
+        moved = {name.split(".")[0] for name, p in network.named_parameters() if p.grad is not None}
+        assert moved == {"decoder", "post_quant_conv"}
+
+    def test_what_is_measured(self, autoencoder: AutoencoderKL, tmp_path: Path) -> None:
+        objective = VAEDecoderObjective(
+            copy.deepcopy(autoencoder), pictures(20), np.arange(2), np.arange(2, 20), AutoencoderLoss(), noise=0.4
+        )
+        with torch.no_grad():
+            found = objective.evaluate(tmp_path, 3)
+        images = to_unit(pictures(20)[2:])
+        with torch.no_grad():
+            off = autoencoder.reconstruct(autoencoder.posterior(images).mean).clamp(-1, 1) - images
+        exact = float(-10 * (off / 2).square().flatten(1).mean(dim=1).log10().mean())
+        assert list(found) == ["psnr_0", "psnr_0.2", "psnr_0.4"]
+        assert found["psnr_0"] == pytest.approx(exact, abs=0.05)
+        assert (tmp_path / "reconstruction-000003.png").exists()
 
 
 def latent_pictures(count: int = 10) -> LatentPictures:

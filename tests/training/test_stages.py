@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from ldm.data.packed import open_packed, write_packed
 from ldm.data.records import KIND_SHARES
@@ -50,12 +51,16 @@ def test_every_stage_makes_what_the_next_one_needs(work: Workspace) -> None:
     stages.train_clip(work, LOOP)
     stages.encode_all(work, None)
     stages.train_unet(work, LOOP)
+    stages.train_vae_decoder(work, LOOP)
     stages.assemble(work, None)
     path = work.runs / stages.CHECKPOINT
     model = load(path, device="cpu", dtype="float32")
     picture = model.generate("a picture", seed=1, steps=2)[0].image
     assert picture.size == (SIZE, SIZE)
     assert any(name.startswith("visual.") for name in read_clip(path)), "the image tower ships too"
+    first, second = (load_file(work.stage(name) / "autoencoder.safetensors") for name in ("autoencoder", "vae-decoder"))
+    learned = {name.split(".")[0] for name, tensor in second.items() if not torch.equal(tensor, first[name])}
+    assert learned == {"decoder", "post_quant_conv"}, "the latents stay"
     latents = np.load(work.stage("latents") / "latents.npy")
     assert latents.std() == pytest.approx(1.0, abs=0.2)
     assert (work.stage("unet") / "samples-000002.png").exists()
