@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +20,6 @@ from ldm.pipeline.device import available_memory, is_out_of_memory
 
 TILE = 256
 """The side of the tiles where nobody asked for them, in positions of a layer."""
-
-Result = TypeVar("Result")
 
 
 def decode(autoencoder: FirstStage, latents: Tensor, tile: int | None = None) -> tuple[Tensor, tuple[str, ...]]:

@@ -90,10 +90,8 @@ class AutoencoderObjective(Objective):
         device = next(self.autoencoder.parameters()).device
         means = [self.autoencoder.posterior(part.to(device)).mode() for part in images.split(16)]
         decoded = torch.cat([self.autoencoder.reconstruct(mean).cpu() for mean in means])
-        error = ((decoded.clamp(-1, 1) - images) / 2).square().flatten(1).mean(dim=1)
-        rows = [picture for i in range(0, 16, 8) for picture in (*images[i : i + 8], *decoded[i : i + 8])]
-        save_sheet(torch.stack(rows), folder / f"reconstruction-{step:06d}.png", columns=8)
-        return {"psnr": float((-10 * error.log10()).mean())}
+        _save_rows(images, decoded, folder, step)
+        return {"psnr": _psnr(decoded, images)}
 
 
 class VAEDecoderObjective(Objective):
@@ -141,20 +139,30 @@ class VAEDecoderObjective(Objective):
         noise = self._noise(images, torch.Generator().manual_seed(0)) / self.autoencoder.config.scale_factor
         device = next(self.autoencoder.parameters()).device
         means = torch.cat([self.autoencoder.posterior(part.to(device)).mode().cpu() for part in images.split(16)])
-        found = {}
-        for share in (0.0, 0.5, 1.0):
-            latents = means + share * self.noise * noise
+        decoded, found = images, {}
+        for level in (0.0, 0.5 * self.noise, self.noise):
+            latents = means + level * noise
             decoded = torch.cat([self.autoencoder.reconstruct(part.to(device)).cpu() for part in latents.split(16)])
-            error = ((decoded.clamp(-1, 1) - images) / 2).square().flatten(1).mean(dim=1)
-            found[f"psnr_{share * self.noise:g}"] = float((-10 * error.log10()).mean())
-            rows = [picture for i in range(0, 16, 8) for picture in (*images[i : i + 8], *decoded[i : i + 8])]
-        save_sheet(torch.stack(rows), folder / f"reconstruction-{step:06d}.png", columns=8)
+            found[f"psnr_{level:g}"] = _psnr(decoded, images)
+        _save_rows(images, decoded, folder, step)
         return found
 
     def _noise(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         config = self.autoencoder.config
         sides = [side // config.downsampling for side in images.shape[2:]]
         return torch.randn(len(images), config.latent_channels, *sides, generator=generator)
+
+
+def _psnr(decoded: Tensor, images: Tensor) -> float:
+    """The mean over pictures (B, 3, H, W) in [-1, 1], in dB."""
+    error = ((decoded.clamp(-1, 1) - images) / 2).square().flatten(1).mean(dim=1)
+    return float((-10 * error.log10()).mean())
+
+
+def _save_rows(images: Tensor, decoded: Tensor, folder: Path, step: int) -> None:
+    """A sheet of the first pictures, each row above its reconstructions."""
+    rows = [picture for i in range(0, 16, 8) for picture in (*images[i : i + 8], *decoded[i : i + 8])]
+    save_sheet(torch.stack(rows), folder / f"reconstruction-{step:06d}.png", columns=8)
 
 
 def _unlike(decoded: Tensor, target: Tensor, weights: AutoencoderLoss) -> dict[str, Tensor]:
