@@ -394,8 +394,8 @@ class TrainClip:
     """Pictures of a step, on each GPU; all are contrasted with all, those of other GPUs too."""
     accumulate: Annotated[int, arg(metavar="N")] = 1
     """Compute the batch in so many parts: less memory, more time, the same gradients."""
-    precision: Literal["bf16", "fp16", "no"] = "bf16"
-    """Mixed precision; no is float32."""
+    precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
+    """Mixed precision; no is float32, auto what the device is fastest in."""
     steps: Annotated[int, arg(metavar="N")] = 10_000
     """How long."""
     rate: Annotated[float, arg(metavar="X")] = 5e-4

@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,10 +16,12 @@ from ldm.data.captions import CaptionRules
 from ldm.data.example import PictureSet
 from ldm.data.picture_set import read_pictures
 from ldm.errors import LdmError
+from ldm.pipeline.device import choose_device
 from ldm.pipeline.load import load
 from ldm.training.adapters import AdapterOptions
 from ldm.training.engine.loop import Progress
-from ldm.training.engine.loop_config import LoopConfig
+from ldm.training.engine.loop_config import LoopConfig, Precision
+from ldm.training.engine.precision import DTYPES, precision_on, slowness
 from ldm.training.engine.ranks import first_rank_first, rank_and_ranks
 from ldm.training.tune.finish import Finished, finish
 from ldm.training.tune.objective import Noising
@@ -42,8 +44,11 @@ def tune(command: Tune) -> None:
     tuning = tuning_of(command)
     found = read_pictures(command.folder, tuning.defaults)
     tuning, found = with_word(tuning, found)
-    precision = precision_of(command.learning.precision, command.device)
-    base = _base(command, tuning, precision)
+    device = choose_device(command.device)
+    precision = precision_on(device, command.learning.precision)
+    if (note := slowness(device, precision)) is not None:
+        found = replace(found, notes=(*found.notes, note))
+    base = _base(command, tuning, device, precision)
     tuning = replace(tuning, buckets=buckets_of(command.pictures, base.config.size))
     if tuning.method == "dreambooth" and tuning.defaults.regular is None:
         tuning, found = with_class_pictures(tuning, found, base)
@@ -160,17 +165,6 @@ def with_class_pictures(tuning: Tuning, found: PictureSet, base: LatentDiffusion
     return tuning, read_pictures(tuning.pictures, tuning.defaults)
 
 
-Precision = Literal["no", "fp16", "bf16"]
-
-
-def precision_of(asked: Literal["auto", "bf16", "fp16", "no"], device: str) -> Precision:
-    """bfloat16 where nothing is said, but on GPUs that lack it."""
-    if asked != "auto":
-        return asked
-    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    return "fp16" if on_gpu and not torch.cuda.is_bf16_supported() else "bf16"
-
-
 def loop_of(command: Tune, tuning: Tuning, config: SystemConfig, pictures: int, precision: Precision) -> LoopConfig:
     """The loop for so many pictures, with what the flags leave open filled in. Raises LdmError for bad numbers."""
     asked = command.learning
@@ -207,13 +201,11 @@ def loop_of(command: Tune, tuning: Tuning, config: SystemConfig, pictures: int, 
     )
 
 
-def _base(command: Tune, tuning: Tuning, precision: Precision) -> LatentDiffusion:
+def _base(command: Tune, tuning: Tuning, device: torch.device, precision: Precision) -> LatentDiffusion:
     """The model, in as few bytes as its method allows."""
     whole = not tuning.by_adapter and tuning.method in ("full", "dreambooth")
-    on_cpu = command.device == "cpu" or not torch.cuda.is_available()
-    dtypes = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
-    dtype = "float32" if whole or on_cpu else dtypes[precision]
-    return load(command.base, device=command.device, dtype=dtype, allow_pickle=command.allow_pickle)
+    dtype = torch.float32 if whole or device.type != "cuda" else DTYPES[precision]
+    return load(command.base, device=device, dtype=dtype, allow_pickle=command.allow_pickle)
 
 
 def _plan_object(planned: Plan) -> dict[str, object]:

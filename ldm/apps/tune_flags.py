@@ -29,7 +29,7 @@ class Learning:
     ema: Annotated[float, arg(metavar="X")] = 0.99
     """The decay of the averaged weights, which are what is written; 0 takes the last ones."""
     precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
-    """Of the arithmetic; no is float32."""
+    """Of the arithmetic; no is float32, auto what the device is fastest in."""
     checkpointing: bool = False
     """Work activations out twice and do not keep them: slower, in less memory."""
     workers: Annotated[int, arg(metavar="N")] = 2

@@ -77,13 +77,20 @@ def choose_precision(dtype: str | torch.dtype, device: torch.device, family: Fam
     """
     wanted = check_dtype(dtype, device)
     if device.type == "cpu":
-        wanted = wanted or _native_cpu_dtype()
+        wanted = wanted or (torch.bfloat16 if multiplies_bfloat16(device) else torch.float32)
         return Precision(wanted, torch.float32, wanted)
     wanted = wanted or torch.float16
     if wanted is torch.float16 and family in ("sdxl", "sdxl-refiner"):
-        wide = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return Precision(wanted, wanted, torch.bfloat16 if wide else torch.float32)
+        return Precision(wanted, wanted, torch.bfloat16 if multiplies_bfloat16(device) else torch.float32)
     return Precision(wanted, wanted, wanted)
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16; one that has not computes in it all the same, but slowly."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -100,10 +107,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that a device or the machine has no memory left."""
     words = ("can't allocate memory", "not enough memory", "out of memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
-
-
-def _native_cpu_dtype() -> torch.dtype:
-    """bfloat16 where the CPU has instructions for it, else float32."""
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    native = any(getattr(torch.cpu, check, bool)() for check in checks)
-    return torch.bfloat16 if native else torch.float32

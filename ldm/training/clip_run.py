@@ -12,11 +12,13 @@ import numpy as np
 import torch
 
 from ldm.errors import LdmError
+from ldm.pipeline.device import choose_device
 from ldm.pipeline.files import read_file
 from ldm.training.clip import CLIPObjective, Contrast, Labelled
 from ldm.training.clip_data import Pairs, open_pairs
 from ldm.training.clip_model import MODEL_FILE, ClipConfig, build, export, read_config, tokenizer
 from ldm.training.engine.loop import LoopConfig, train
+from ldm.training.engine.precision import precision_on, slowness
 from ldm.training.engine.ranks import first_rank_first, rank_and_ranks
 from ldm.weights.io import printable
 
@@ -117,8 +119,8 @@ def _check(run: ClipRun, loop: LoopConfig) -> None:
     for name, number in (("warmup", loop.warmup), ("seed", loop.seed)):
         if number < 0:
             raise LdmError(f"{name}: found {number}, expected 0 or more")
-    if loop.precision == "fp16" and not torch.cuda.is_available():
-        raise LdmError("precision: fp16 needs a GPU; use bf16 or no")
+    if note := slowness(choose_device(), precision_on(choose_device(), loop.precision)):
+        log.warning(note)
 
 
 def _check_output(run: ClipRun, config: ClipConfig) -> None:

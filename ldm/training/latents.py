@@ -24,10 +24,12 @@ from ldm.models.text_encoder import TextTower
 from ldm.models.tokenizer import tokenize
 from ldm.training.autoencoder import to_unit
 from ldm.training.diffusion import LatentPictures
+from ldm.training.engine.precision import mixed, precision_on
 from ldm.training.whitening import TextWhitening, whitening_of
 
 log = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
 WORDS = slice(1, 14)
 """The tokens whose states are measured for whitening: where words stand in most captions."""
 MEASURED = 3000
@@ -65,9 +67,10 @@ def encode_pictures(
     side = pictures.shape[1] // autoencoder.config.downsampling
     shape = (len(pictures), autoencoder.config.latent_channels, side, side)
     latents = np.lib.format.open_memmap(folder / "latents.npy", mode="w+", dtype=np.float16, shape=shape)
+    precision = precision_on(CPU)
     for start in range(0, len(pictures), batch):
         images = to_unit(pictures[start : start + batch]).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed(CPU, precision):
             latents[start : start + batch] = autoencoder.encode(images).float().numpy()
         if start % (batch * 50) == 0:
             log.info("encoded %d of %d pictures", start, len(pictures))
@@ -85,9 +88,10 @@ def encode_captions(tower: TextTower, use: TextUse, records: Sequence[Record], f
         np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.float16, shape=(len(texts), *width))
         for name, width in zip(("states", "pooled"), widths, strict=True)
     )
+    precision = precision_on(CPU)
     for start in range(0, len(texts), batch):
         ids = [tokenize(text, use.tower.tokens, use.padding) for text in texts[start : start + batch]]
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed(CPU, precision):
             said = tower(torch.tensor(ids), use.skip, use.final_norm, pooled=True)
         assert said.pooled is not None
         states[start : start + batch] = said.states.float().numpy()

@@ -331,7 +331,7 @@ def test_commands_that_cannot_be(shapes: Path, tmp_path: Path, capsys: pytest.Ca
         ([str(empty)], "found no pictures"),
         ([data, "--batch", "8", "--accumulate", "9"], "accumulate: found 9"),
         ([data, "--batch", "1"], "batch: found 1"),
-        ([data, "--batch", "8", "--precision", "fp16"], "fp16 needs a GPU"),
+        ([data, "--batch", "8", "--precision", "fp16"], "fp16, which needs a GPU"),
         ([data, "--batch", "8", "--held-out", "1"], "held-out: found 1.0"),
         ([data, "--batch", "8", "--save-every", "0"], "save-every: found 0"),
         ([data, "--batch", "8", "--seed", "-1"], "seed: found -1"),

@@ -25,12 +25,14 @@ import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 
 from ldm.errors import LdmError
+from ldm.pipeline.device import choose_device
 from ldm.training.engine.ema import EMA
 from ldm.training.engine.figures import Figures, append_figures, cut_figures, in_words, mean
 from ldm.training.engine.looking import evaluate, was_evaluated
 from ldm.training.engine.loop_config import LoopConfig, learning_rate
 from ldm.training.engine.objective import Batch, Draw, Objective, step_generator
 from ldm.training.engine.optimizers import optimizer_for, set_rate
+from ldm.training.engine.precision import resolved
 from ldm.training.engine.prefetch import ahead
 from ldm.training.engine.run import Run, resume, save
 from ldm.training.engine.stopping import stop_signal
@@ -66,8 +68,7 @@ def train(
     untouched. Raises LdmError where `output` holds a run of another kind or one that is under way, where it cannot be
     written to, and where memory or the disk run out.
     """
-    if config.precision == "fp16" and not torch.cuda.is_available():
-        raise LdmError("precision: found fp16, which needs a GPU; use bf16 or no")
+    config = resolved(config, choose_device())
     accelerator = Accelerator(
         mixed_precision=config.precision,
         gradient_accumulation_steps=config.accumulate,

@@ -8,6 +8,9 @@ from typing import Literal
 
 from ldm.errors import LdmError
 
+Precision = Literal["auto", "no", "fp16", "bf16"]
+"""Of the arithmetic; no is float32. See `ldm.training.engine.precision`."""
+
 OptimizerName = Literal["adamw", "muon", "adamw8bit", "adafactor", "prodigy", "schedulefree"]
 
 
@@ -39,7 +42,7 @@ class LoopConfig:
     clip: float = 1.0
     ema: float = 0.999
     accumulate: int = 1
-    precision: Literal["no", "fp16", "bf16"] = "bf16"
+    precision: Precision = "auto"
     compile: bool = False
     seed: int = 0
     workers: int = 0

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.pipeline.device import multiplies_bfloat16
+
 SMALLEST_SIDE = 64
 """A weight with fewer rows or columns is left to Adam."""
 MOMENTUM = 0.95
@@ -84,13 +86,16 @@ def is_matrix(weight: Tensor) -> bool:
 
 @torch.no_grad()
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
-    """(K, m, n) -> about U V^T of each, where U S V^T is its singular value decomposition, bfloat16.
+    """(K, m, n) -> about U V^T of each, where U S V^T is its singular value decomposition.
+
+    bfloat16, which is exact enough, or float32 where the device is slow in it.
 
     By a Newton-Schulz iteration: singular values end between 0.7 and 1.2, which serves as well as 1.
     """
     a, b, c = QUINTIC
     x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
-    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = x.bfloat16() if multiplies_bfloat16(x.device) else x.float()
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

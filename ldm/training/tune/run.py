@@ -19,6 +19,7 @@ from ldm.training.engine.figures import read_figures
 from ldm.training.engine.loop import Progress, train
 from ldm.training.engine.loop_config import LoopConfig, learning_rate
 from ldm.training.engine.memory_saving import checkpointed
+from ldm.training.engine.precision import resolved
 from ldm.training.engine.ranks import first_rank_first, rank_and_ranks
 from ldm.training.tune.cache import Cache
 from ldm.training.tune.captions import LiveCaptions, kept_captions, vary
@@ -85,7 +86,7 @@ def prepare_run(
             captions = LiveCaptions(trained.model, with_text)
         else:
             captions = kept_captions(base, examples, cache)
-    loop = loop_for(len(kept))
+    loop = resolved(loop_for(len(kept)), base.device)
     chosen = [pictures[i] for i in kept]
     epochs = epochs_of(
         [p.bucket for p in chosen], [p.example.repeats for p in chosen], [p.example.regular for p in chosen],

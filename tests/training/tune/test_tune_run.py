@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from ldm.data.example import Defaults
@@ -19,6 +20,7 @@ from ldm.pipeline.load import load, random_system, save_checkpoint
 from ldm.training.adapters import AdapterOptions
 from ldm.training.engine.loop_config import LoopConfig
 from ldm.training.engine.objective import Draw, step_generator
+from ldm.training.engine.precision import DTYPES, precision_on
 from ldm.training.tune.finish import finish, tuned_model
 from ldm.training.tune.measure import load_measured
 from ldm.training.tune.plan import plan
@@ -101,6 +103,19 @@ def test_the_file_draws_as_what_was_trained(name, folder, base):
     if run.trained.control is None:
         assert not torch.allclose(said(model), said(base), atol=1e-5)
     assert all(torch.equal(before[key], tensor) for key, tensor in base.unet.state_dict().items())
+
+
+def test_the_file_says_in_which_precision_it_was_trained(folder, base):
+    loop = replace(LOOP, precision="auto", steps=1, save_every=1, evaluate_every=1)
+    run = ready(tuning(folder, adapter=AdapterOptions(rank=2)), base, loop)
+    AcceleratorState._reset_state()  # which has one precision for all of a process
+    tune(run)
+    AcceleratorState._reset_state()
+    own = precision_on(base.device)
+    assert run.loop.precision == own != "auto"
+    assert load_metadata(run.tuning.output / "out.safetensors")["ss_mixed_precision"] == own
+    with run.objective.lower_precision():
+        assert torch.nn.Linear(1, 1)(torch.ones(1)).dtype == DTYPES[own]
 
 
 def load_metadata(path: Path) -> dict[str, str]:
