@@ -12,10 +12,10 @@ import torch
 
 from ldm.apps.check import buckets_of, defaults_of
 from ldm.apps.progress import progress_bar, to_stderr
+from ldm.apps.tune_checks import check_command, check_pictures
 from ldm.data.captions import CaptionRules
 from ldm.data.example import PictureSet
 from ldm.data.picture_set import read_pictures
-from ldm.errors import LdmError
 from ldm.pipeline.device import choose_device
 from ldm.pipeline.load import load
 from ldm.training.adapters import AdapterOptions
@@ -28,7 +28,7 @@ from ldm.training.tune.objective import Noising
 from ldm.training.tune.plan import Plan, duration, plan
 from ldm.training.tune.run import prepare_run
 from ldm.training.tune.run import tune as train
-from ldm.training.tune.settings import Tuning, usual_batch, usual_rate, usual_steps
+from ldm.training.tune.settings import Tuning, check_base, usual_batch, usual_rate, usual_steps
 
 if TYPE_CHECKING:
     from ldm.apps.options import Tune
@@ -41,14 +41,17 @@ def tune(command: Tune) -> None:
 
     Raises LdmError for all that the caller can mend, before anything is trained where it can be known by then.
     """
+    check_command(command)
     tuning = tuning_of(command)
     found = read_pictures(command.folder, tuning.defaults)
+    check_pictures(command, found)
     tuning, found = with_word(tuning, found)
     device = choose_device(command.device)
     precision = precision_on(device, command.learning.precision)
     if (note := slowness(device, precision)) is not None:
         found = replace(found, notes=(*found.notes, note))
     base = _base(command, tuning, device, precision)
+    check_base(tuning, base.config)  # before the class is drawn
     tuning = replace(tuning, buckets=buckets_of(command.pictures, base.config.size))
     if tuning.method == "dreambooth" and tuning.defaults.regular is None:
         tuning, found = with_class_pictures(tuning, found, base)
@@ -120,7 +123,7 @@ def tuning_of(command: Tune) -> Tuning:
         held_out=command.held_out,
         canny=command.canny,
         noising=Noising(loss.offset, loss.perturbation, loss.zero_terminal_snr, loss.prior_weight),
-        min_snr=loss.min_snr or None,
+        min_snr=None if loss.min_snr == 0 else loss.min_snr,
         huber=loss.huber,
         samples=command.sample,
         seed=command.learning.seed,
@@ -166,21 +169,12 @@ def with_class_pictures(tuning: Tuning, found: PictureSet, base: LatentDiffusion
 
 
 def loop_of(command: Tune, tuning: Tuning, config: SystemConfig, pictures: int, precision: Precision) -> LoopConfig:
-    """The loop for so many pictures, with what the flags leave open filled in. Raises LdmError for bad numbers."""
+    """The loop for so many pictures, with what the flags leave open filled in."""
     asked = command.learning
     batch = usual_batch(config) if asked.batch is None else asked.batch
-    for name, number in (("batch", batch), ("accumulate", asked.accumulate), ("looks", asked.looks)):
-        if number < 1:
-            raise LdmError(f"{name}: found {number}, expected 1 or more")
     steps = usual_steps(tuning, pictures, batch * asked.accumulate) if asked.steps is None else asked.steps
-    if steps < 1:
-        raise LdmError(f"steps: found {steps}, expected 1 or more")
     own = 1.0 if asked.optimizer == "prodigy" else usual_rate(tuning, config)  # prodigy finds its own
     rate = own if asked.rate is None else asked.rate
-    if not 0 <= rate <= 10:
-        raise LdmError(f"rate: found {rate}, expected 0 to 10")
-    if not 0 <= asked.ema < 1:
-        raise LdmError(f"ema: found {asked.ema}, expected 0 or more, and below 1")
     every = max(1, steps // asked.looks)
     return LoopConfig(
         steps=steps,

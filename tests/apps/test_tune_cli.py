@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ldm.apps.cli import main
-from ldm.models.presets import small, tiny
+from ldm.models.presets import sd1, small, tiny
 
 COLORS = ("red", "green", "blue", "white")
 
@@ -29,12 +29,13 @@ def base(tiny_file) -> str:
     return str(tiny_file(tiny(small())))
 
 
-SHORT = ("--steps", "2", "--looks", "1", "--batch", "2", "--rank", "2", "--precision", "no", "--device", "cpu")
+SHORT = ("--steps", "2", "--looks", "1", "--batch", "2", "--precision", "no", "--device", "cpu")
+SMALL = (*SHORT, "--rank", "2")
 
 
 def test_a_lora_from_a_folder_and_again_to_go_on(folder, base, tmp_path, capsys):
     output = tmp_path / "out"
-    arguments = ["tune", str(folder), "--base", base, "-o", str(output), *SHORT, "--json"]
+    arguments = ["tune", str(folder), "--base", base, "-o", str(output), *SMALL, "--json"]
     assert main([*arguments, "--plan"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["pictures"] == 3 and planned["held_out"] == 1 and planned["buckets"] == {"64x64": 3}
@@ -57,7 +58,7 @@ def test_a_lora_from_a_folder_and_again_to_go_on(folder, base, tmp_path, capsys)
 def test_dreambooth_draws_its_class_itself(folder, base, tmp_path, capsys):
     output = tmp_path / "out"
     arguments = ["tune", str(folder), "--base", base, "-o", str(output), "--method", "dreambooth"]
-    assert main([*arguments, "--class-caption", "a square", *SHORT, "--plan"]) == 0
+    assert main([*arguments, "--class-caption", "a square", *SMALL, "--plan"]) == 0
     assert len(list((output / "class").glob("*.png"))) == 2 * len(COLORS)
     assert f"{2 * len(COLORS)} of the class" in capsys.readouterr().out
 
@@ -75,10 +76,52 @@ def test_dreambooth_draws_its_class_itself(folder, base, tmp_path, capsys):
         (["--size", "65"], "size: found 65"),
         (["--drop", "2"], "drop is 2"),
         (["--method", "embedding", "--like", ""], "begins as ''"),
-        (["--method", "controlnet"], "no picture is left"),
+        (["--method", "controlnet"], "hints: no picture has one"),
         (["--method", "controlnet", "--text"], "text: the text towers are not trained by controlnet"),
-        (["--whole"], "whole: found with lora"),
+        (["--whole"], "whole: found with method lora, expected dreambooth"),
         (["--looks", "0"], "looks: found 0"),
+        (["--min-snr", "-1"], "min-snr: found -1"),
+        (["--min-snr", "inf"], "min-snr: found inf"),
+        (["--prior-weight", "-0.5", "--class-pictures", "."], "prior weight: found -0.5"),
+        (["--prior-weight", "0.5"], "prior-weight: found without pictures of the class"),
+        (["--offset", "-0.1"], "offset: found -0.1"),
+        (["--offset", "nan"], "offset: found nan"),
+        (["--perturbation", "-0.1"], "perturbation: found -0.1"),
+        (["--perturbation", "inf"], "perturbation: found inf"),
+        (["--huber", "0"], "huber: found 0"),
+        (["--huber", "nan"], "huber: found nan"),
+        (["--alpha", "nan"], "alpha is nan"),
+        (["--dropout", "nan"], "dropout is nan"),
+        (["--drop", "nan"], "drop is nan"),
+        (["--held-out", "nan"], "held out: found nan"),
+        (["--warmup", "-1"], "warmup: found -1"),
+        (["--workers", "-1"], "workers: found -1"),
+        (["--seed", str(2**63)], "seed: found"),
+        (["--repeats", "0"], "repeats: found 0"),
+        (["--layout", "diffusers", "--kind", "loha"], "layout: diffusers has no form for loha"),
+        (["--layout", "diffusers", "--kind", "lokr"], "layout: diffusers has no form for lokr"),
+        (["--precision", "fp16"], "fp16, which needs a GPU"),
+        (["--method", "embedding", "--like", "a", "--word", "../x"], "word: found '../x'"),
+        (["--method", "embedding", "--like", "a", "--vectors", "0"], "has 0 vectors"),
+        (["--text-rank", "2"], "text-rank: found with method lora, expected --text beside it"),
+        (["--word", "dog"], "word: found with method lora, expected --method embedding"),
+        (["--like", "dog"], "like: found with method lora, expected --method embedding"),
+        (["--vectors", "2"], "vectors: found with method lora, expected --method embedding"),
+        (["--method", "full", "--kind", "loha"], "kind: found with method full, expected a LoRA"),
+        (["--method", "full", "--rank", "2"], "rank: found with method full, expected a LoRA"),
+        (["--method", "dreambooth", "--whole", "--rank", "2"], "rank: found with method dreambooth, expected a LoRA"),
+        (["--method", "embedding", "--like", "a", "--conv-rank", "2"], "conv-rank: found with method embedding"),
+        (["--method", "full", "--layout", "diffusers"], "layout: found with method full"),
+        (["--canny"], "canny: found with method lora, expected --method controlnet"),
+        (["--hints", "."], "hints: found with method lora, expected --method controlnet"),
+        (
+            ["--method", "controlnet", "--hints", ".", "--canny"],
+            "hints: found with method controlnet, expected no --ca",
+        ),
+        (["--class-caption", "a dog"], "class-caption: found with method lora, expected --method dreambooth"),
+        (["--keep", "1"], "keep: found with method lora, expected --shuffle or --drop-tags"),
+        (["--optimizer", "schedulefree", "--ema", "0.9"], "ema: found with method lora, expected another --optimizer"),
+        (["--optimizer", "schedulefree", "--schedule", "cosine"], "schedule: found with method lora, expected another"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(arguments, words, folder, base, tmp_path, capsys):
@@ -86,11 +129,19 @@ def test_what_is_wrong_is_told_in_one_line(arguments, words, folder, base, tmp_p
     assert main(["tune", str(folder), "--base", base, "-o", str(output), *SHORT, *arguments]) == 2
     (line,) = [one for one in capsys.readouterr().err.splitlines() if words in one]
     assert line.startswith("ldm: ")
-    assert not list(output.glob("*.safetensors")) and not list(output.glob("step-*"))
+    assert not list(output.rglob("*.safetensors"))  # nothing is written, and nothing encoded
+
+
+def test_what_the_model_cannot_is_told_before_pictures_are_encoded(folder, tiny_file, tmp_path, capsys):
+    output, arguments = tmp_path / "out", ["--method", "dreambooth", "--class-caption", "a square"]
+    of_noise = ["tune", str(folder), "--base", str(tiny_file(tiny(sd1()))), "-o", str(output), *SHORT, *arguments]
+    assert main([*of_noise, "--zero-terminal-snr"]) == 2
+    assert "zero-terminal-snr: this model predicts the noise" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_a_run_of_other_settings_is_not_gone_on_with(folder, base, tmp_path, capsys):
-    arguments = ["tune", str(folder), "--base", base, "-o", str(tmp_path / "out"), *SHORT]
+    arguments = ["tune", str(folder), "--base", base, "-o", str(tmp_path / "out"), *SMALL]
     assert main(arguments) == 0
     assert main([*arguments, "--rank", "3", "--steps", "4"]) == 2
     assert "was begun with adapter" in capsys.readouterr().err

@@ -29,7 +29,7 @@ from ldm.training.tune.objective import TuneObjective
 from ldm.training.tune.pictures import Prepared, network_mark, prepare
 from ldm.training.tune.results import result_path, run_facts, write_result
 from ldm.training.tune.samples import Samples, samples_for
-from ldm.training.tune.settings import Tuning, buckets_for, held_out_numbers, weighing
+from ldm.training.tune.settings import Tuning, buckets_for, check_base, held_out_numbers, weighing
 from ldm.training.tune.trained import Trained, trained_of
 
 PROBES = 16
@@ -70,8 +70,10 @@ def prepare_run(
     loop_for: the loop for so many pictures; seen: told how many pictures are encoded. Raises LdmError where no picture
     is left, and for all that does not fit together.
     """
+    check_base(tuning, base.config)
     cache = Cache(tuning.cache or tuning.output / "cache")
     with first_rank_first():
+        trained = trained_of(base, tuning)
         pictures, left_out = _prepared(tuning, found, base, cache, seen)
         own = [i for i, picture in enumerate(pictures) if not picture.example.regular]
         if not own:
@@ -79,7 +81,6 @@ def prepare_run(
             raise LdmError(f"{tuning.pictures}: no picture is left to train on{why}")
         held_out = tuple(own[i] for i in held_out_numbers(len(own), tuning.held_out, tuning.seed))
         kept = tuple(i for i in range(len(pictures)) if i not in held_out)
-        trained = trained_of(base, tuning)
         examples = [picture.example for picture in pictures]
         with_text = tuning.text or tuning.method == "embedding"
         if with_text or vary(examples):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -60,17 +61,45 @@ class Tuning:
     cache: Path | None = None
 
     def __post_init__(self) -> None:
+        noising = self.noising
+        for name, number in (
+            ("offset", noising.offset), ("perturbation", noising.perturbation), ("prior weight", noising.prior),
+        ):  # fmt: skip
+            if not 0 <= number < math.inf:
+                raise LdmError(f"{name}: found {number}, expected a finite number of 0 or more")
+        for name, number in (("min-snr", self.min_snr), ("huber", self.huber)):
+            if number is not None and not 0 < number < math.inf:
+                raise LdmError(f"{name}: found {number}, expected a finite number above 0")
         if self.held_out is not None and not 0 <= self.held_out < 1:
             raise LdmError(f"held out: found {self.held_out}, expected a share of at least 0 and below 1")
         if self.text and self.method in ("embedding", "controlnet"):
             raise LdmError(f"text: the text towers are not trained by {self.method}; leave it away")
         if self.whole and self.method != "dreambooth":
             raise LdmError(f"whole: found with {self.method}, expected dreambooth; method full trains all of it")
+        if self.by_adapter and self.layout == "diffusers" and self.adapter.kind in ("loha", "lokr"):
+            raise LdmError(
+                f"layout: diffusers has no form for {self.adapter.kind}; use kohya's, or lora, locon or dora"
+            )
+        if self.by_adapter and self.adapter.text_rank is not None and not self.text:
+            raise LdmError("text-rank: found without training the text towers; ask for that too, or leave it away")
+        if self.method == "embedding" and (self.word.startswith(".") or {"/", "\\", "\0"} & set(self.word)):
+            raise LdmError(f"word: found {self.word!r}, expected one that can be the name of a file")
 
     @property
     def by_adapter(self) -> bool:
         """Whether a LoRA or one of its kin is what is trained."""
         return self.method == "lora" or (self.method == "dreambooth" and not self.whole)
+
+
+def check_base(tuning: Tuning, config: SystemConfig) -> None:
+    """Raise LdmError where this model cannot be tuned so."""
+    if tuning.noising.zero_terminal_snr and config.prediction == "eps":
+        raise LdmError(
+            "zero-terminal-snr: this model predicts the noise, of which a timestep that is all noise tells nothing; "
+            "leave it away, or take a model that predicts velocity"
+        )
+    if tuning.text and not config.text:
+        raise LdmError("text: this model has no text towers to train; leave it away")
 
 
 def weighing(tuning: Tuning, config: SystemConfig) -> Weighing:
