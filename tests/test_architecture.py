@@ -45,7 +45,7 @@ EXCEPTIONS = {
 HEAVY: dict[str, set[str]] = {
     "transformers": {"models/depth.py", "training/engine/optimizers.py"},
     "diffusers": {"evaluation/bench_diffusers.py"},
-    "peft": {"training/adapters.py"},
+    "peft": {"training/adapters.py", "evaluation/bench_diffusers.py"},
     "open_clip": {
         "training/clip.py",
         "training/clip_model.py",

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ldm.apps.progress import to_stderr
 from ldm.errors import LdmError, printable
-from ldm.evaluation.bench import Entry, Part, Plan
+from ldm.evaluation.bench import Entry, Part, Plan, Tuning
 from ldm.evaluation.bench import bench as measure
 from ldm.evaluation.bench_results import by_part, machine, save, versions
 from ldm.pipeline.device import choose_device
@@ -32,7 +32,7 @@ def bench(command: Bench) -> None:
     device = str(choose_device(plan.device))
     model = plan.model.name if isinstance(plan.model, Path) else plan.model
     entries: list[Entry] = []
-    for entry in measure(plan, to_stderr):
+    for entry in measure(plan, to_stderr, tuning=_tuning(plan)):
         entries.append(entry)
         if command.save is not None:  # at once, for the next one may take minutes
             to_stderr(f"kept in {printable(str(save(command.save, model, device, entries)))}")
@@ -55,6 +55,17 @@ def plan_of(command: Bench) -> Plan:
     return Plan(
         model, _parts(command.parts), _sizes(command.size), command.runs, command.steps, command.alone, command.device
     )
+
+
+def _tuning(plan: Plan) -> Tuning | None:
+    """What measures the part tune, which needs packages that nothing else here does."""
+    if "tune" not in plan.parts:
+        return None
+    try:
+        from ldm.training.tune.bench import bench_tuning
+    except ImportError as error:
+        raise LdmError(f'tune: {error.name} is not installed; pip install "ldm[tune]", or leave the part out') from None
+    return bench_tuning
 
 
 def _parts(named: str) -> tuple[Part, ...]:

@@ -434,7 +434,7 @@ class Bench:
     file: Annotated[Path | None, arg(name="model", metavar="FILE", help_behavior_hint="")] = None
     """Or a model: a file or a diffusers folder. By default the one that ships."""
     parts: Annotated[str, arg(metavar="A,B,...")] = "step,decode,text,picture,load,memory"
-    """What to measure. load and memory are of processes of their own."""
+    """What to measure. load and memory are of processes of their own. tune, steps of a LoRA, must be asked for."""
     size: Annotated[str, arg(metavar="N,...", help_behavior_hint="")] = ""
     """Sides in pixels. By default the model's own."""
     runs: Annotated[int, arg(metavar="N")] = 5

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from ldm.weights.source import open_source
 OurSide = Callable[[LatentDiffusion, Work], bench_ours.Run]
 TheirSide = Callable[[Path, Setting, Work], bench_diffusers.Run]
 
-Part = Literal["step", "decode", "text", "picture", "load", "memory"]
+Part = Literal["step", "decode", "text", "picture", "load", "memory", "tune"]
 Preset = Literal["sd15", "sd21", "sdxl"]
 
 PRESETS: Mapping[Preset, Callable[[], SystemConfig]] = {"sd15": sd1, "sd21": sd2, "sdxl": sdxl}
@@ -103,7 +103,7 @@ class Plan:
     """
 
     model: Path | Preset
-    parts: tuple[Part, ...] = get_args(Part)
+    parts: tuple[Part, ...] = ("step", "decode", "text", "picture", "load", "memory")
     sizes: tuple[int, ...] = ()
     runs: int = 5
     steps: int = 4
@@ -122,8 +122,12 @@ class Subject:
     note: str | None = None
 
 
-def bench(plan: Plan, say: Say = lambda _: None, clock: Clock = time.perf_counter) -> Iterator[Entry]:
+def bench(
+    plan: Plan, say: Say = lambda _: None, clock: Clock = time.perf_counter, tuning: Tuning | None = None
+) -> Iterator[Entry]:
     """The lines of the table, each as soon as it is measured. say: told what is being done.
+
+    tuning: what measures the part "tune" of a subject, at a size, so many times: `ldm.training` is above this folder.
 
     Weights that are random, and diffusers' copy of a model, lie in the folder for temporary files meanwhile. Raises
     LdmError for a plan that cannot be carried out.
@@ -143,8 +147,15 @@ def bench(plan: Plan, say: Say = lambda _: None, clock: Clock = time.perf_counte
                         yield _memory(subject, work)
                     case "load":
                         yield _load(subject, work, plan.runs)
+                    case "tune":
+                        if tuning is None:
+                            raise LdmError("tune: nothing was given that measures it; leave the part out")
+                        yield tuning(subject, work.size, plan.runs)
                     case "step" | "decode" | "text" | "picture":
                         yield _in_process(part, subject, work, plan.runs, clock)
+
+
+Tuning = Callable[[Subject, int, int], Entry]
 
 
 @contextmanager
@@ -288,8 +299,8 @@ def _memory(subject: Subject, work: Work) -> Entry:
     alone = Entry("memory", work.size, 1, "bytes", peak("bench_ours"), settings=_settings(subject), note=subject.note)
     if subject.folder is None:
         return alone
-    default, *others = bench_diffusers.settings(subject.device)
-    lean = Setting(others[-1].dtype, frugal=True)
+    tried = bench_diffusers.settings(subject.device)
+    default, lean = tried[0], Setting(tried[-1].dtype, frugal=True)
     try:
         best, plain = peak("bench_diffusers", lean), peak("bench_diffusers", default)
     except LdmError as failure:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.evaluation.bench_inputs import GUIDANCE, NEGATIVE, PROMPT, SEED, TIMESTEP, Setting, Work
+from ldm.evaluation.bench_inputs import GUIDANCE, NEGATIVE, PROMPT, SEED, TIMESTEP, Setting, TuneBatch, Work
 from ldm.evaluation.bench_process import Fresh
 
 Run = Callable[[], Tensor]
@@ -32,9 +32,16 @@ def installed() -> str | None:
 
 
 def settings(device: str) -> tuple[Setting, ...]:
-    """What is tried. The first is their default: what a plain script of their documentation does on such a device."""
+    """What is tried. The first is their default: what a plain script of their documentation does on such a device.
+
+    On a CPU that has no instructions for bfloat16 that is left out: a single step could take hours.
+    """
+    from ldm.pipeline.device import multiplies_bfloat16  # here, for a process of its own must not pay for this import
+
     if torch.device(device).type == "cpu":
-        return (Setting("float32"), Setting("float32", True), Setting("bfloat16"), Setting("bfloat16", True))
+        plain = (Setting("float32"), Setting("float32", True))
+        lower = (Setting("bfloat16"), Setting("bfloat16", True))
+        return plain + lower if multiplies_bfloat16(torch.device(device)) else plain
     return (Setting("float16"), Setting("float16", True), Setting("bfloat16", True))
 
 
@@ -106,6 +113,52 @@ def _picture_of(pipeline: Any, work: Work) -> Run:
         return torch.from_numpy(image).permute(2, 0, 1)[None] * 2 - 1
 
     return run
+
+
+LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+"""Their names of the layers that kohya's scripts, and we, put a LoRA at."""
+
+
+def lora_steps(
+    folder: Path, setting: Setting, batches: Sequence[TuneBatch], rate: float, clip: float
+) -> Callable[[], float]:
+    """What takes the next step of training a LoRA of rank 16, as their example script does, and tells its loss.
+
+    setting: weights stay in float32, and its dtype is that of autocast; clip: the norm of gradients at most.
+    """
+    from peft import LoraConfig
+
+    device = batches[0].latents.device
+    unet: Any = _of_diffusers("UNet2DConditionModel").from_pretrained(folder / "unet", torch_dtype=torch.float32)
+    unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=16, lora_alpha=16, init_lora_weights="gaussian", target_modules=LORA_LAYERS))
+    unet.to(device, memory_format=torch.channels_last if setting.channels_last else torch.preserve_format).train()
+    learned = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=rate, betas=(0.9, 0.999), weight_decay=1e-2)
+    told = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    scheduler = _of_diffusers("DDPMScheduler").from_config(told)
+    lower = torch.autocast(device.type, setting.torch_dtype, enabled=setting.dtype != "float32")
+    scaler = torch.amp.GradScaler(device.type, enabled=setting.dtype == "float16")
+    following = iter(batches)
+
+    def step() -> float:
+        batch = next(following)
+        noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timestep)
+        velocity = scheduler.config.prediction_type == "v_prediction"
+        target = scheduler.get_velocity(batch.latents, batch.noise, batch.timestep) if velocity else batch.noise
+        with lower:
+            answer = unet(noisy, batch.timestep, batch.states, return_dict=False)[0]
+        square = torch.nn.functional.mse_loss(answer.float(), target, reduction="none")
+        loss = (square.mean(dim=(1, 2, 3)) * batch.weight).mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(learned, clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
 
 
 def _pipeline(folder: Path, setting: Setting, work: Work, **parts: None) -> Any:

@@ -73,3 +73,14 @@ class Setting:
 
 PLAIN = Setting("float32")
 """Exact, and what both sides' results are held against."""
+
+
+@dataclass(frozen=True, eq=False)
+class TuneBatch:
+    """A step of training: latents and noise (B, z, h, w), timestep and weight (B,), states (B, N, D)."""
+
+    latents: Tensor
+    noise: Tensor
+    timestep: Tensor
+    weight: Tensor
+    states: Tensor

@@ -19,6 +19,7 @@ from ldm import __version__
 from ldm.errors import LdmError, printable
 from ldm.evaluation import bench_diffusers
 from ldm.evaluation.bench import Entry
+from ldm.pipeline.device import multiplies_bfloat16
 from ldm.weights.atomic import replacing
 
 LIMIT = 2**24
@@ -30,6 +31,7 @@ def machine(device: str) -> dict[str, Any]:
     gpu = torch.device(device).type == "cuda"
     return {
         "cpu": _cpu(),
+        "arithmetic": _arithmetic(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpu": torch.cuda.get_device_name(device) if gpu else None,
         "system": f"{platform.system()} {platform.machine()}",
@@ -75,7 +77,9 @@ def save(folder: Path, model: str, device: str, entries: Iterable[Entry]) -> Pat
     Raises LdmError where it is not such a file, or the folder cannot be written to.
     """
     here = machine(device)
-    told = ", ".join(str(here[name]) for name in ("gpu", "cpu") if here[name]) + f", {here['cores']} cores"
+    told = (
+        ", ".join(str(here[name]) for name in ("gpu", "cpu", "arithmetic") if here[name]) + f", {here['cores']} cores"
+    )
     path = folder / (re.sub(r"[^a-z0-9]+", "-", told.lower()).strip("-")[:100] + ".json")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,6 +105,12 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(results, dict) or not all(isinstance(of_model, dict) for of_model in results.values()):
         raise LdmError(f"{name}: holds no results of ldm bench; choose another folder")
     return {"results": results}
+
+
+def _arithmetic() -> str:
+    """The widest vectors that torch computes with on the CPU, and whether bfloat16 is among its numbers."""
+    wide = torch.backends.cpu.get_cpu_capability()
+    return f"{wide}, bfloat16" if multiplies_bfloat16(torch.device("cpu")) else wide
 
 
 def _cpu() -> str:

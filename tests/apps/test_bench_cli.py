@@ -102,7 +102,7 @@ def test_a_file_that_is_none_of_ours_is_left_alone(content: bytes, tmp_path: Pat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--parts", "step,speed"], "parts: found speed, expected some of step,decode,text,picture,load,memory"),
+        (["--parts", "step,speed"], "parts: found speed, expected some of step,decode,text,picture,load,memory,tune"),
         (["--size", "big"], "size: found big, expected sides in pixels"),
         (["--threads", "0"], "threads: found 0, expected 1 to 1024"),
         (["--preset", "sd21", "--model", "x"], "found both --model and --preset"),

@@ -128,8 +128,9 @@ def test_both_sides_hold_the_same_weights_and_are_given_the_same(preset, tiny_fi
         assert (entry.psnr_db is not None) == (entry.part in ("decode", "picture"))
 
 
-def test_figures_are_medians_of_the_clock(tiny_file):
+def test_figures_are_medians_of_the_clock(tiny_file, monkeypatch):
     pytest.importorskip("diffusers")
+    monkeypatch.setattr("ldm.pipeline.device.multiplies_bfloat16", lambda _: True)
     clock = Clock(float(number) for number in range(1, 1000))
     plan = Plan(tiny_file(TINY["sd15"]), ("text",), (64,), runs=3)
     (entry,) = bench(plan, clock=clock)
@@ -250,3 +251,31 @@ def test_what_cannot_be_measured(config: SystemConfig, size: int, message: str):
 def test_a_plan_that_cannot_be(runs: int, steps: int):
     with pytest.raises(LdmError, match=r"expected at least one run"):
         next(bench(Plan(Path("x"), runs=runs, steps=steps)))
+
+
+def test_tuning_takes_the_steps_that_diffusers_and_peft_take(tiny_file):
+    pytest.importorskip("diffusers")
+    from ldm.training.tune.bench import bench_tuning
+
+    for preset in ("sd15", "sd21"):
+        (entry,) = bench(Plan(tiny_file(TINY[preset]), ("tune",), (64,), runs=2), tuning=bench_tuning)
+        assert entry.agreement is not None and entry.agreement < 1e-5  # of the first loss, eps and v
+        assert entry.ours > 0 and entry.theirs_best is not None and entry.theirs_default is not None
+        assert entry.ratio == entry.theirs_best / entry.ours and entry.runs == 2
+        assert entry.settings is not None and entry.settings["ours"] == "LoRA of rank 16, batch 2, float32"
+
+
+def test_tuning_is_measured_alone_without_diffusers(tiny_file, monkeypatch):
+    from ldm.training.tune.bench import bench_tuning
+
+    monkeypatch.setattr(bench_diffusers, "installed", lambda: None)
+    (entry,) = bench(Plan(tiny_file(TINY["sd15"]), ("tune",), (64,), runs=1), tuning=bench_tuning)
+    assert entry.ours > 0 and entry.theirs_best is None and entry.note is not None and "not installed" in entry.note
+    with pytest.raises(LdmError, match="told a text alone"):
+        list(bench(Plan(tiny_file(TINY["sdxl"]), ("tune",), (64,), runs=1), tuning=bench_tuning))
+
+
+def test_bfloat16_is_not_tried_where_it_would_take_hours(monkeypatch):
+    for native, expected in ((False, {"float32"}), (True, {"float32", "bfloat16"})):
+        monkeypatch.setattr("ldm.pipeline.device.multiplies_bfloat16", lambda _, native=native: native)
+        assert {setting.dtype for setting in bench_diffusers.settings("cpu")} == expected
