@@ -13,9 +13,11 @@ import torch
 from ldm.apps.check import buckets_of, defaults_of
 from ldm.apps.progress import progress_bar, to_stderr
 from ldm.apps.tune_checks import check_command, check_pictures
-from ldm.data.captions import CaptionRules
+from ldm.data.captions import CaptionRules, whole
 from ldm.data.example import PictureSet
 from ldm.data.picture_set import read_pictures
+from ldm.errors import printable
+from ldm.models.tokenizer import split_at_names, word_ids
 from ldm.pipeline.device import choose_device
 from ldm.pipeline.load import load
 from ldm.training.adapters import AdapterOptions
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
     from ldm.apps.options import Tune
     from ldm.models.presets import SystemConfig
     from ldm.pipeline.latent_diffusion import LatentDiffusion
+
+UNKNOWN_WORD = "sks"
+"""The usual name for something new: a token too, but one that means next to nothing."""
 
 
 def tune(command: Tune) -> None:
@@ -134,17 +139,31 @@ def tuning_of(command: Tune) -> Tuning:
 
 
 def with_word(tuning: Tuning, found: PictureSet) -> tuple[Tuning, PictureSet]:
-    """Captions that hold the word of an embedding: where none does, it is put before each, and a note says so."""
-    if tuning.method != "embedding" or any(tuning.word in text for e in found.examples for text in e.captions):
+    """Captions that hold the word of an embedding, found as prompts' words are: where none does, it is put before each.
+
+    Notes say so, and where captions are without it, or where the word had a meaning, which the new one will hide.
+    """
+    if tuning.method != "embedding":
         return tuning, found
-    if any(tuning.word in rules for e in found.examples for rules in (e.rules.prefix, e.rules.suffix)):
-        return tuning, found
-    examples = tuple(
-        replace(e, rules=replace(e.rules, prefix=" ".join(filter(None, (tuning.word, e.rules.prefix)))))
-        for e in found.examples
-    )
-    note = f"no caption holds the word {tuning.word!r}: it is put before each"
-    return tuning, replace(found, examples=examples, notes=(*found.notes, note))
+    word, notes, examples = tuning.word, list(found.notes), found.examples
+    own = [e for e in examples if not e.regular]
+    without = [e for e in own if not any(has_word(whole(text, e.rules), word) for text in e.captions)]
+    if len(without) == len(own):
+        named = (replace(e.rules, prefix=" ".join(filter(None, (word, e.rules.prefix)))) for e in examples)
+        examples = tuple(e if e.regular else replace(e, rules=rules) for e, rules in zip(examples, named, strict=True))
+        notes.append(f"no caption holds the word {word!r}: it is put before each")
+    elif without:
+        notes.append(f"{len(without)} of {len(own)} pictures have no caption with the word {word!r}, as "
+                     f"{printable(without[0].name)}: they teach it nothing")  # fmt: skip
+    if word.lower() != UNKNOWN_WORD and len(word_ids(word)) == 1:
+        notes.append(f"the model knows a word {word!r}: captions and prompts that say it mean the new one instead, "
+                     "wherever its file is loaded; choose a --word of your own to keep both")  # fmt: skip
+    return tuning, replace(found, examples=examples, notes=tuple(notes))
+
+
+def has_word(text: str, word: str) -> bool:
+    """Whether a prompt of this text would mean an embedding of this name: "asks" holds no "sks"."""
+    return any(name for _, name in split_at_names(text, (word,)))
 
 
 def with_class_pictures(tuning: Tuning, found: PictureSet, base: LatentDiffusion) -> tuple[Tuning, PictureSet]:
