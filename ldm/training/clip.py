@@ -196,8 +196,10 @@ def _reads_the_end(model: Any) -> bool:
 
 @contextmanager
 def plain_attention(device: torch.device) -> Iterator[None]:
-    """On a CPU, attention as plain matrix products: torch's fused kernel is 1.6 times slower to train with in bf16."""
-    if device.type != "cpu":
+    """In bfloat16 on a CPU, attention as plain products: torch's fused kernel is 1.6 times slower to train with."""
+    if device.type != "cpu" or not (
+        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    ):
         yield
         return
     with sdpa_kernel(SDPBackend.MATH):
