@@ -121,6 +121,7 @@ def tuning_of(command: Tune) -> Tuning:
         ),
         whole=command.whole,
         text=command.text,
+        text_rate=command.learning.text_rate,
         word=command.naming.word,
         like=command.naming.like,
         vectors=command.naming.vectors,

@@ -42,6 +42,9 @@ def _needs(command: Tune) -> Iterator[tuple[object, tuple[str, ...], bool, str]]
     yield command, ("whole",), method == "dreambooth", "dreambooth; method full trains all of the U-Net"
     yield command.adapting, ("kind", "rank", "alpha", "dropout", "conv_rank", "text_rank"), lora, of_a_lora
     yield command.adapting, ("text_rank",), command.text, "--text beside it"
+    yield learning, ("text_rate",), command.text, "--text beside it"
+    one_rate = learning.optimizer == "prodigy"
+    yield learning, ("text_rate",), not one_rate, "another --optimizer than prodigy, which finds one rate for all"
     yield command.naming, ("word", "like", "vectors"), method == "embedding", "--method embedding"
     yield command, ("canny",), method == "controlnet", "--method controlnet"
     yield pictures, ("hints",), method == "controlnet", "--method controlnet"
@@ -67,7 +70,10 @@ def _check_numbers(asked: Learning) -> None:
             raise LdmError(f"{name}: found {number}, expected {least} or more")
     if not 0 <= asked.seed < 2**63:
         raise LdmError(f"seed: found {asked.seed}, expected a number from 0 to 2^63 - 1")
-    if asked.rate is not None and not 0 <= asked.rate <= 10:
-        raise LdmError(f"rate: found {asked.rate}, expected 0 to 10")
+    for name, rate in (("rate", asked.rate), ("text-rate", asked.text_rate)):
+        if rate is not None and not 0 <= rate <= 10:
+            raise LdmError(f"{name}: found {rate}, expected 0 to 10")
+    if asked.rate == 0 and asked.text_rate:
+        raise LdmError("rate: found 0 beside a text-rate, which is measured by it; give a very small one, as 1e-9")
     if not 0 <= asked.ema < 1:
         raise LdmError(f"ema: found {asked.ema}, expected 0 or more, and below 1")

@@ -20,6 +20,8 @@ class Learning:
     """Batches of a step: as a larger batch, in less memory and more time."""
     rate: Annotated[float | None, arg(metavar="X", help_behavior_hint="")] = None
     """Of learning. By default what works for most, by method and model."""
+    text_rate: Annotated[float | None, arg(metavar="X", help_behavior_hint="")] = None
+    """Of the text towers, with --text. By default the same rate; half of it or less is usual."""
     optimizer: Literal["adamw", "muon", "adamw8bit", "adafactor", "prodigy", "schedulefree"] = "adamw"
     """prodigy finds its rate by itself: give it a rate of 1."""
     schedule: Literal["constant", "cosine"] = "constant"

@@ -69,6 +69,7 @@ class TuneObjective(Objective):
     """The loss on batches that `epochs` names. It holds the networks that are trained, and those that they need.
 
     control:  the control network that is trained, told each picture's hint
+    text_share: what the rate of the text towers is to the run's; None: they are one group with all else
     autocast: in which dtype layers are run where the loop does not say so itself; None: in their own
     facts:    see `Objective.facts`
     look:     called by `evaluate`
@@ -85,11 +86,12 @@ class TuneObjective(Objective):
         noising: Noising,
         weighing: Weighing,
         control: ControlNet | None = None,
+        text_share: float | None = None,
         autocast: torch.dtype | None = None,
         facts: dict[str, object],
     ) -> None:
         super().__init__()
-        self.networks, self.control = networks, control
+        self.networks, self.control, self.text_share = networks, control, text_share
         self.model, self.pictures, self.epochs, self.captions = model, pictures, epochs, captions
         self.noising, self.weighing, self.autocast = noising, weighing, autocast
         self.look: Look | None = None
@@ -143,6 +145,18 @@ class TuneObjective(Objective):
             mask=batch.get("mask"),
         )
         return error * batch["weight"]
+
+    def groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """One of all that is trained or, where the text towers have a rate of their own, these behind all else."""
+        ((trained, share),) = super().groups()
+        if self.text_share is None:
+            return [(trained, share)]
+        towers = (tower for tower in self.model.text if isinstance(tower, nn.Module))
+        text = {id(parameter) for tower in towers for parameter in tower.parameters()}
+        return [
+            ([p for p in trained if id(p) not in text], share),
+            ([p for p in trained if id(p) in text], self.text_share),
+        ]
 
     def lower_precision(self) -> torch.autocast:
         """The dtype in which the loop runs layers, for who asks the networks outside of it."""

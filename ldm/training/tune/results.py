@@ -53,12 +53,12 @@ def run_facts(
     regular = sum(picture.example.regular for picture in kept)
     tags = Counter(tag.strip() for picture in kept for tag in picture.caption.split(",") if tag.strip())
     buckets = Counter(picture.bucket for picture in kept)
-    folder = tuning.pictures.name
+    folder, text_rate = tuning.pictures.name, loop.rate if tuning.text_rate is None else tuning.text_rate
     facts: dict[str, object] = {
         "ss_output_name": result_path(tuning).stem,
         "ss_learning_rate": loop.rate,
         "ss_unet_lr": loop.rate,
-        "ss_text_encoder_lr": loop.rate if tuning.text or tuning.method == "embedding" else None,
+        "ss_text_encoder_lr": text_rate if tuning.text or tuning.method == "embedding" else None,
         "ss_num_train_images": sum(picture.example.repeats for picture in kept) - regular,
         "ss_num_reg_images": regular,
         "ss_num_validation_images": held_out,

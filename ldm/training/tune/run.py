@@ -29,7 +29,7 @@ from ldm.training.tune.objective import TuneObjective
 from ldm.training.tune.pictures import Prepared, network_mark, prepare
 from ldm.training.tune.results import result_path, run_facts, write_result
 from ldm.training.tune.samples import Samples, samples_for
-from ldm.training.tune.settings import Tuning, buckets_for, check_base, held_out_numbers, weighing
+from ldm.training.tune.settings import Tuning, buckets_for, check_base, held_out_numbers, text_share, weighing
 from ldm.training.tune.trained import Trained, trained_of
 
 PROBES = 16
@@ -102,6 +102,7 @@ def prepare_run(
         noising=tuning.noising,
         weighing=weighing(tuning, base.config),
         control=trained.control,
+        text_share=text_share(tuning, loop.rate),
         autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(loop.precision),
         facts=_facts(tuning, base, pictures, held_out) | {"batch": loop.batch},
     )

@@ -27,7 +27,7 @@ class Tuning:
 
     pictures:  see `ldm.data.picture_set`; output: a folder for all that the run writes
     adapter:   for "lora", and for "dreambooth" unless `whole`, which trains the U-Net itself
-    text:      whether the text towers are trained too (lora, full, dreambooth)
+    text:      whether the text towers are trained too (lora, full, dreambooth); text_rate: of them; None: the run's
     word, like, vectors: of "embedding": its name in prompts, the words it starts from, how many places it takes
     buckets:   the sizes that pictures are cut to; None: those that suit the model's
     held_out:  the share of the pictures that is only measured on; None: a fifth, or one of a few
@@ -44,6 +44,7 @@ class Tuning:
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     whole: bool = False
     text: bool = False
+    text_rate: float | None = None
     word: str = "sks"
     like: str = ""
     vectors: int = 4
@@ -70,6 +71,10 @@ class Tuning:
         for name, number in (("min-snr", self.min_snr), ("huber", self.huber)):
             if number is not None and not 0 < number < math.inf:
                 raise LdmError(f"{name}: found {number}, expected a finite number above 0")
+        if self.text_rate is not None and not (self.text and 0 <= self.text_rate < math.inf):
+            raise LdmError(
+                f"text-rate: found {self.text_rate}, expected 0 or more, and that the text towers are trained"
+            )
         if self.held_out is not None and not 0 <= self.held_out < 1:
             raise LdmError(f"held out: found {self.held_out}, expected a share of at least 0 and below 1")
         if self.text and self.method in ("embedding", "controlnet"):
@@ -126,6 +131,15 @@ def usual_rate(tuning: Tuning, config: SystemConfig) -> float:
     if tuning.by_adapter:
         return 1e-3 if small else 1e-4
     return {"embedding": 5e-3, "controlnet": 1e-4 if small else 1e-5}.get(tuning.method, 1e-4 if small else 1e-5)
+
+
+def text_share(tuning: Tuning, rate: float) -> float | None:
+    """What the rate of the text towers is to the run's; None where they have no rate of their own."""
+    if tuning.text_rate is None:
+        return None
+    if tuning.text_rate and not rate:
+        raise LdmError(f"rate: found 0 beside a text-rate of {tuning.text_rate}, expected above 0")
+    return tuning.text_rate / rate if rate else 1.0
 
 
 def usual_steps(tuning: Tuning, pictures: int, batch: int) -> int:

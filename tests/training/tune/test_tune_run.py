@@ -18,6 +18,7 @@ from ldm.models.presets import sd1, tiny
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import load, random_system, save_checkpoint
 from ldm.training.adapters import AdapterOptions
+from ldm.training.engine.loop import train
 from ldm.training.engine.loop_config import LoopConfig
 from ldm.training.engine.objective import Draw, step_generator
 from ldm.training.engine.precision import DTYPES, precision_on
@@ -116,6 +117,32 @@ def test_the_file_says_in_which_precision_it_was_trained(folder, base):
     assert load_metadata(run.tuning.output / "out.safetensors")["ss_mixed_precision"] == own
     with run.objective.lower_precision():
         assert torch.nn.Linear(1, 1)(torch.ones(1)).dtype == DTYPES[own]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("text_rate", [0.0, 4e-4, None])
+def test_text_towers_have_a_rate_of_their_own(method, text_rate, folder, base):
+    """Adam's first step moves a weight by the rate, whatever its gradient (Kingma & Ba 2015, section 2.1)."""
+    settings = tuning(folder, method=method, adapter=AdapterOptions(rank=2), text=True, text_rate=text_rate)
+    run = ready(settings, base, replace(LOOP, steps=3, warmup=2, rate=1e-3, save_every=3, evaluate_every=3))
+    before = {name: p.detach().clone() for name, p in run.objective.named_parameters() if p.requires_grad}
+    text = {id(p) for tower in run.trained.model.text for p in tower.parameters()}  # type: ignore[attr-defined]
+    average = train(run.objective, replace(run.loop, steps=1, warmup=1, weight_decay=0.0), folder.parent / "one")
+    moved = {
+        name: float((p.detach() - before[name]).abs().max())
+        for name, p in run.objective.named_parameters()
+        if name in before
+    }
+    assert average.weights.keys() == moved.keys()
+    of_text = [moved[name] for name, p in run.objective.named_parameters() if name in moved and id(p) in text]
+    of_unet = [moved[name] for name, p in run.objective.named_parameters() if name in moved and id(p) not in text]
+    assert max(of_unet) == pytest.approx(1e-3, rel=0.01)
+    assert max(of_text) == pytest.approx(1e-3 if text_rate is None else text_rate, rel=0.01)
+    if method == "lora":
+        tune(run)
+        told = load_metadata(run.tuning.output / "out.safetensors")
+        assert float(told["ss_unet_lr"]) == float(told["ss_learning_rate"]) == 1e-3
+        assert float(told["ss_text_encoder_lr"]) == (1e-3 if text_rate is None else text_rate)
 
 
 def load_metadata(path: Path) -> dict[str, str]:
