@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ldm.errors import LdmError
 from ldm.weights.hashes import MODELSPEC_HASH, full_hashes
-from ldm.weights.io import read_header, read_tensors
+from ldm.weights.io import printable, read_header, read_tensors
 from ldm.weights.save import write_tensors
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,10 @@ KEY = "ldm.key"
 """The metadata entry with what an entry was worked out from, as JSON."""
 
 Key = Mapping[str, str | int | float | bool | None]
+
+
+class CacheError(LdmError):
+    """The cache itself fails, and not one picture of many."""
 
 
 @dataclass(frozen=True)
@@ -37,22 +41,34 @@ class Cache:
     def get(self, key: Key, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of this key, on the CPU; made and written where there is no whole file of them.
 
-        Raises LdmError where the folder cannot be written to, and what `make` raises.
+        Raises CacheError where the folder cannot be written to, and what `make` raises.
         """
         held = self.read(key)
         if held is None:
             held = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
-            path = self.path(key)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_tensors(path, held, {KEY: _text(key)})
+            self._write(self.path(key), held, key)
         return held
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], key: Key) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(path, tensors, {KEY: _text(key)})
+        except (OSError, LdmError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(cause, OSError):
+                raise
+            why = (cause.strerror or str(cause)).lower()
+            raise CacheError(
+                f"cache {printable(str(self.folder))}: cannot be written ({why}); make room, or give another "
+                "--cache or --output, and start again: what is encoded stays"
+            ) from error
 
     def read(self, key: Key) -> dict[str, Tensor] | None:
         """The tensors of this key; None where there is no whole file of them."""
         path = self.path(key)
-        if not path.exists():
-            return None
         try:
+            if not path.exists():
+                return None
             header = read_header(path)
             tensors = {name: tensor.clone() for name, tensor in read_tensors(header, header.tensors)}
             whole = header.metadata.get(MODELSPEC_HASH) == f"0x{full_hashes(header).numbers}"

@@ -25,7 +25,7 @@ from ldm.errors import LdmError
 from ldm.models.pixel_blocks import FirstStage
 from ldm.pipeline.control import edges
 from ldm.pipeline.images import LARGE_BYTES, read_mask, read_picture, read_shrunk, to_tensor
-from ldm.training.tune.cache import Cache, Key
+from ldm.training.tune.cache import Cache, CacheError, Key
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +105,8 @@ def prepare(
             keys = tuple(_key(content, others, mark, view) for view in views)
             for view, key in zip(views, keys, strict=True):
                 cache.get(key, partial(_encoded, example, view, autoencoder, canny=canny))
+        except CacheError:
+            raise
         except LdmError as error:
             yield example, error
         else:

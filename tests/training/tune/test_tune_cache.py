@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from ldm.data.buckets import usual_buckets
+from ldm.data.captions import CaptionRules
+from ldm.data.example import Example
+from ldm.data.file_at import FileAt
+from ldm.errors import LdmError
+from ldm.models.presets import small, tiny
+from ldm.pipeline.load import random_system
 from ldm.training.tune.cache import Cache
+from ldm.training.tune.pictures import prepare
 
 KEY = {"what": "latent", "picture": "ab", "left": 3}
 
@@ -65,3 +76,39 @@ def test_what_is_not_whole_is_made_anew(tmp_path, damage, caplog):
     assert cache.get(KEY, make)["latent"][0, 0] == 1
     assert make.calls == 2 and "made anew" in caplog.text
     assert cache.read(KEY) is not None
+
+
+@pytest.mark.parametrize("where", ["folder", "entry"])
+def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path, where):
+    cache = Cache(tmp_path / "cache")
+    blocked = cache.folder if where == "folder" else cache.path(KEY).parent
+    blocked.parent.mkdir(parents=True, exist_ok=True)
+    blocked.write_text("a file where a folder should be")
+    with pytest.raises(
+        LdmError, match=r"cache .*: cannot be written \(.*\); make room, or give another --cache"
+    ) as told:
+        cache.get(KEY, Maker())
+    assert "\n" not in str(told.value)
+
+
+def test_a_full_disk_is_told_and_ends_the_run(tmp_path, monkeypatch):
+    """One line, and not one for each picture."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    pictures = [Example("a.png", FileAt(tmp_path / "a.png"), ("a",), CaptionRules())] * 2
+    model = random_system(tiny(small()))
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(LdmError, match=r"cache .*c: cannot be written \(no space left on device\)"):
+        list(prepare(pictures, usual_buckets(64), model.autoencoder, Cache(tmp_path / "c")))
+    assert not list((tmp_path / "c").rglob("*.*"))  # nor is anything half left
+
+
+def full(descriptor: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_cannot_be_made_is_told_as_it_is(tmp_path):
+    def make() -> dict[str, torch.Tensor]:
+        raise LdmError("a.png: is broken")
+
+    with pytest.raises(LdmError, match=r"^a\.png: is broken$"):
+        Cache(tmp_path).get(KEY, make)
