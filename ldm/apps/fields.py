@@ -188,6 +188,7 @@ def _steering_fields(steering: Steering) -> dict[str, Any]:
         "perturbed": steering.perturbed,
         "apg": Apg(**given) if steering.apg or given else None,
         "reuse": steering.reuse,
+        "merge_tokens": steering.merge_tokens,
     }
 
 

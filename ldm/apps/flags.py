@@ -73,6 +73,8 @@ class Model:
     """The precision of the networks."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     """The kernel: torch's own, xformers', or the fastest one here."""
+    compile: bool = False
+    """Compile the networks' blocks: faster steps, of which the first takes longer; pictures differ by rounding."""
     prediction: Literal["auto", "eps", "v", "x0", "probe"] = "auto"
     """What the U-Net says: noise, velocity or picture. auto reads it off the file, probe tries an SD 2.x file."""
     vae_tile: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
@@ -175,6 +177,8 @@ class Steering:
     """How much of the differences before is added, -1 to 1; by default -0.75."""
     reuse: Annotated[int, arg(metavar="N")] = 1
     """Compute the inner half of the U-Net at every Nth step alone: 2 is faster and nearly as good, 1 is exact."""
+    merge_tokens: Annotated[float, arg(metavar="X")] = 0.0
+    """The share of tokens that self-attention merges at the finest level, as 0.5: faster for large pictures."""
 
 
 @dataclass(frozen=True)

@@ -126,8 +126,11 @@ def load_plain(model: Model, watch: Stopwatch, details: Details | None = None) -
             device=model.device,
             dtype=model.dtype,
             vae_tile=model.vae_tile,
+            compile=model.compile,
         )
         loaded = loaded.with_refiner(_loaded(other))
+    if model.compile:
+        to_stderr("compiling: the first step takes longer")
     watch.mark("loading")
     return loaded
 
@@ -151,6 +154,8 @@ def _loaded(model: Model) -> LatentDiffusion:
         raise LdmError(f"attention xformers: needs a CUDA GPU, and the model is on {loaded.device}; use auto or sdpa")
     for warning in loaded.origin.warnings:
         to_stderr(f"warning: {warning}")
+    if model.compile:
+        loaded = loaded.compiled()
     return loaded
 
 

@@ -221,6 +221,8 @@ def mismatches(model: LatentDiffusion, digest: str | None, found: Metadata, rema
         return
     if (dtype := str(model.dtype).removeprefix("torch.")) != (told := record.get("dtype")):
         yield f"dtype: is {dtype}, but the picture's was {shown(told)}; see --dtype"
+    if (compiled := model.compiler is not None) != (told := record.get("compiled", False)):
+        yield f"compiled: is {compiled}, but the picture's was {shown(told)}; see --compile"
     prior = () if model.prior is None else model.prior.parts
     others = (*model.origin.parts, *prior, *(() if model.refiner is None else model.refiner.origin.as_refiner))
     parts = [{"kind": part.kind, "name": part.name, "hash": part.hash} for part in others]

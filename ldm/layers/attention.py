@@ -60,7 +60,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False, se
     if mask is not None and causal:
         mask, causal = mask & mask.new_ones(n, n).tril(), False
     if _backend.get() == "auto" and mask is None and not causal and cpu_bfloat16.serves(q, k, v):
-        out = cpu_bfloat16.attend_in_blocks(q, k, v)
+        compiles = torch.compiler.is_compiling()
+        out = (torch.ops.ldm.attend_in_blocks if compiles else cpu_bfloat16.attend_in_blocks)(q, k, v)
     elif q.requires_grad and q.device.type == "cpu" and q.dtype is torch.bfloat16:
         # The fused kernel's backward pass is two to five times slower there; in float32 it is twice as fast.
         with sdpa_kernel(SDPBackend.MATH):

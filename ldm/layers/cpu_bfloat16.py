@@ -6,6 +6,8 @@ Shapes: B batch, H heads, N queries, M keys, K width of a head, C channels, h an
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,6 +49,17 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             torch.softmax(some, dim=-1, out=softmax)
             torch.bmm(softmax, v[block[0]], out=out[block])
     return out.view(b, h, n, width)
+
+
+@cache
+def register_operators() -> None:
+    """Make `attend_in_blocks` known as torch.ops.ldm.attend_in_blocks, which a compiler takes for one operation, and whose
+    loops it does not unroll then. Not at import, for it brings much else."""
+    operator = torch.library.custom_op("ldm::attend_in_blocks", attend_in_blocks, mutates_args=())
+
+    @operator.register_fake
+    def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.empty_like(q.reshape(-1, *q.shape[2:])).view(q.shape)  # laid out as the real one is
 
 
 def product_wins(x: Tensor, weight: Tensor) -> bool:

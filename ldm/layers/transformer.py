@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.layers.attention import CrossAttention
+from ldm.layers.token_merging import Merging, match
 
 
 class GEGLU(nn.Module):
@@ -52,9 +53,19 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, context: Tensor, perturbed: Tensor | None = None) -> Tensor:
-        """x (B, N, width), context (B, M, D), rows (B,) of perturbed self-attention -> (B, N, width)."""
-        x = x + self.attn1(self.norm1(x), context if self.cross_only else None, perturbed)
+    def forward(
+        self, x: Tensor, context: Tensor, perturbed: Tensor | None = None, merging: Merging | None = None
+    ) -> Tensor:
+        """x (B, N, width), context (B, M, D), rows (B,) of perturbed self-attention -> (B, N, width).
+
+        merging: of tokens, for the first attention
+        """
+        first = context if self.cross_only else None
+        if merging is None:
+            x = x + self.attn1(self.norm1(x), first, perturbed)
+        else:
+            matching = match(x, merging)
+            x = x + matching.part(self.attn1(matching.merge(self.norm1(x)), first, perturbed))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -63,14 +74,14 @@ class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map, with a residual around them all.
 
     `linear` chooses linear projections (SD 2.x, SDXL) over 1x1 convolutions (SD 1.x): the same
-    map, but the tensors on disk differ in rank.
+    map, but the tensors on disk differ in rank. `merged` is the share of tokens that self-attention merges.
     """
 
     def __init__(
         self, channels: int, context_width: int, heads: int, depth: int, *, linear: bool, cross_only: bool = False
     ) -> None:
         super().__init__()
-        self.linear = linear
+        self.linear, self.merged = linear, 0.0
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
@@ -86,8 +97,9 @@ class SpatialTransformer(nn.Module):
             hidden = self.proj_in(hidden.flatten(2).transpose(1, 2))
         else:
             hidden = self.proj_in(hidden).flatten(2).transpose(1, 2)
+        merging = Merging(h, w, self.merged) if self.merged else None
         for block in self.transformer_blocks:
-            hidden = block(hidden, context, perturbed)
+            hidden = block(hidden, context, perturbed, merging)
         if self.linear:
             return x + self.proj_out(hidden).transpose(1, 2).reshape(b, c, h, w)
         return x + self.proj_out(hidden.transpose(1, 2).reshape(b, c, h, w))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ldm.layers.attention import AttentionBlock
 from ldm.layers.convolution import Downsample, ResBlock, Upsample, fastest_layout
 from ldm.layers.embeddings import sinusoidal_embedding
+from ldm.layers.sharing import shared_copy
 from ldm.layers.transformer import SpatialTransformer
 from ldm.types import Conditioning
 
@@ -198,6 +199,33 @@ class UNet(Contracting):
             height, width = skips[-1].shape[-2:] if skips else hidden.shape[-2:]
             hidden = stage(hidden, embedding, cond.cross, (height, width))
         return hidden
+
+
+def merging_tokens(unet: UNet, share: float) -> UNet:
+    """A U-Net that shares every tensor with this one, and whose self-attention merges this share of its tokens where
+    they are most: in the transformers of the finest level that has any. Itself where none has."""
+    if (finest := finest_transformers(unet)) == []:
+        return unet
+    names = {name for name, module in unet.named_modules() if module in finest}
+    unet = shared_copy(unet)
+    for name in names:
+        transformer = unet.get_submodule(name)
+        assert isinstance(transformer, SpatialTransformer)
+        transformer.merged = share
+    return unet
+
+
+def finest_transformers(unet: UNet) -> list[SpatialTransformer]:
+    """The transformers of the finest level that has any, on the way down and up."""
+    found: dict[int, list[SpatialTransformer]] = {}
+    level = 0
+    for stage in (*unet.input_blocks, *unet.output_blocks):
+        assert isinstance(stage, Stage)
+        for part in stage:
+            if isinstance(part, SpatialTransformer):
+                found.setdefault(level, []).append(part)
+            level += isinstance(part, Downsample) - isinstance(part, Upsample)
+    return found[min(found)] if found else []
 
 
 def _label_embedding(config: UNetConfig, width: int) -> nn.Module | None:

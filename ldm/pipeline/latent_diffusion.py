@@ -17,6 +17,7 @@ from torch import Tensor
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import NOISE_SCHEDULES, NoiseSchedule, zero_terminal_snr
 from ldm.errors import LdmError
+from ldm.models.compiled import Backend, BlockCompiler, check_compiler
 from ldm.models.controlnet import ControlNet
 from ldm.models.image_conditioner import ImageTokens
 from ldm.models.image_encoder import ImageTower
@@ -85,6 +86,7 @@ class LatentDiffusion:
     refiner:    see `with_refiner`
     prior:      see `with_prior`
     vae_tile:   the autoencoder works in tiles of this side, with the same result; None: where there is no other way
+    compiler:   what compiled its networks, see `compiled`
     """
 
     config: SystemConfig
@@ -104,6 +106,7 @@ class LatentDiffusion:
     refiner: LatentDiffusion | None = None
     prior: PriorBeside | None = None
     vae_tile: int | None = None
+    compiler: BlockCompiler | None = None
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
@@ -146,9 +149,10 @@ class LatentDiffusion:
         roots = model_roots(models)
         base = self.with_adapters(()).unet  # or differences would keep what an adapter added
         read = partial(read_control, base=base, device=self.device, dtype=self.dtype, allow_pickle=allow_pickle)
-        return replace(
-            self, controls={name: read(locate("controlnet", path, roots)) for name, path in controls.items()}
-        )
+        networks = {name: read(locate("controlnet", path, roots)) for name, path in controls.items()}
+        if self.compiler is not None:
+            networks = {name: self.compiler.compiled(network) for name, network in networks.items()}
+        return replace(self, controls=networks)
 
     def with_refiner(self, refiner: LatentDiffusion) -> LatentDiffusion:
         """A model that hands its pictures over to another one at a request's `refine_at` (SDXL's base and refiner).
@@ -173,6 +177,25 @@ class LatentDiffusion:
         from ldm.pipeline.prior import beside
 
         return replace(self, prior=beside(self, prior))
+
+    def compiled(self, backend: Backend = "inductor") -> LatentDiffusion:
+        """A model that denoises with compiled blocks, also with other adapters and ControlNets than it has now.
+
+        `torch.compile` turns the blocks of the U-Net and of its ControlNets into kernels of their own when they are
+        first run: the first step takes longer, and so does the first one of another size. Pictures differ by rounding.
+        Every tensor is shared with this model. backend: as `torch.compile` takes it. Raises `LdmError` where inductor,
+        the default, finds no C++ compiler.
+        """
+        if backend == "inductor":
+            check_compiler(self.device)
+        compiler = BlockCompiler(backend)
+        return replace(
+            self,
+            unet=compiler.compiled(self.unet),
+            controls={name: compiler.compiled(network) for name, network in self.controls.items()},
+            refiner=None if self.refiner is None else self.refiner.compiled(backend),
+            compiler=compiler,
+        )
 
     def denoiser(self) -> Denoiser:
         """The U-Net as a function (x, sigma, cond) -> estimate of the clean latent."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ldm.models.unet import finest_transformers
 from ldm.pipeline.control import steps_between
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.prepare import begun_between, negative_spans, prompt_spans
@@ -38,6 +39,7 @@ def _unused(model: LatentDiffusion, request: GenerateRequest) -> Iterator[str]:
         "original_size": any(one.config.sizes_in_vector for one in models),
         "crop": any(one.config.sizes_in_vector for one in models),
         "upscale_noise": model.config.unet.classes is not None,
+        "merge_tokens": any(finest_transformers(one.unet) for one in models),
     }
     for name, used in use.items():
         if not used and getattr(request, name) != GenerateRequest.model_fields[name].default:

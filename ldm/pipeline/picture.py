@@ -59,6 +59,7 @@ class Picture:
     adapters: those of the model
     embeddings: (name, SHA-256 of the file) of those that the prompts name
     parts: those of the model that are not its own file's
+    compiled: whether the networks' blocks were, which rounds otherwise
     """
 
     image: Image.Image
@@ -73,6 +74,7 @@ class Picture:
     embeddings: tuple[tuple[str, str], ...] = ()
     parts: tuple[OtherPart, ...] = ()
     batch: tuple[int, int] = (0, 1)
+    compiled: bool = False
 
     def save(self, path: str | Path, *, model_hash: str | None = None) -> Path:
         """Write a picture with all metadata at `path`, or at path-2, path-3 ... where that is taken. Returns the path.
@@ -112,6 +114,7 @@ def record_of(picture: Picture, model_hash: str | None = None) -> dict[str, Any]
         "model_hash": model_hash,
         "parts": [{"kind": part.kind, "name": part.name, "hash": part.hash} for part in picture.parts],
         "dtype": picture.dtype,
+        "compiled": picture.compiled,
         "batch": list(picture.batch),
         "notes": list(picture.notes),
         "adapters": [asdict(adapter) for adapter in picture.adapters],

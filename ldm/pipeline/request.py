@@ -163,6 +163,8 @@ class GenerateRequest(Record):
         apg:              guidance by projection; None: plain
         reuse:            1..10, of so many calls of the U-Net one computes its inner half, whose features the others
                           take over ("DeepCache"): faster, and less exact; 1: all do
+        merge_tokens:     0..0.75, the share of tokens that the self-attention of the U-Net's finest level merges with
+                          those that they are most alike: faster for large pictures, and less exact; 0: none
         refine_at:        0..1, the share of the steps after which the model's refiner goes on; None: never
         highres:          a second pass at a larger size
 
@@ -233,6 +235,7 @@ class GenerateRequest(Record):
     perturbed: Annotated[float, Field(ge=0, le=20, description="a number from 0 to 20")] = 0.0
     apg: Apg | None = None
     reuse: Annotated[int, Field(ge=1, le=10, description="a whole number from 1 to 10")] = 1
+    merge_tokens: Annotated[float, Field(ge=0, le=0.75, description="a number from 0 to 0.75")] = 0.0
     refine_at: Share | None = None
     highres: HighRes | None = None
     seed: Seed | None = None

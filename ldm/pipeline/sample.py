@@ -24,6 +24,7 @@ from ldm.diffusion.noise import PerImageNoise, per_image_noise
 from ldm.diffusion.state import finish_state
 from ldm.errors import LdmError
 from ldm.models.feature_reuse import FeatureReuse
+from ldm.models.unet import merging_tokens
 from ldm.pipeline.control import Controlled, Hint, acted_on, prepare_hints
 from ldm.pipeline.device import is_out_of_memory
 from ldm.pipeline.embeddings import used_in
@@ -36,6 +37,9 @@ from ldm.pipeline.prepare import begun_between
 from ldm.pipeline.request import GenerateRequest
 from ldm.samplers import SAMPLERS
 from ldm.types import Denoise, Network, NoiseSource, Step
+
+LONG_WARM_UP = 1.0
+"""From how many seconds on it is said what compiling took."""
 
 MAX_BATCH = 8
 BATCH_PIXELS = 8 * 512 * 512
@@ -173,7 +177,7 @@ def _batch(
     begun = time.perf_counter()
     total, done = sum(stage.steps for stage, _ in stages), 0
     yield Progress(first, count, 0, total)
-    x, noise = None, None
+    x, noise, ended = None, None, [begun]
     for stage, denoiser in stages:
         shape = _latent_shape(stage)
         if noise is None or noise.start.shape[1:] != shape:
@@ -181,9 +185,11 @@ def _batch(
         x = stage.start(noise, x)
         for step in denoise_steps(stage.request, _denoise(stage, denoiser, noise), x, stage.sigmas, noise):
             x, done = step.x, done + 1
+            ended.append(time.perf_counter())
             yield Progress(first, count, done, total, step)
     assert x is not None
     last = stages[-1][0]
+    job = replace(job, notes=(*job.notes, *_warm_up(model, ended)))
     latents = finish_state(x, float(last.sigmas[-1]))
     share = (time.perf_counter() - begun) / count
     for index in range(count):
@@ -203,8 +209,18 @@ def _batch(
             adapters=model.adapters,
             embeddings=_embeddings(model, request),
             batch=(index, count),
+            compiled=model.compiler is not None,
             parts=_parts(model, last.model, request),
         )
+
+
+def _warm_up(model: LatentDiffusion, ended: Sequence[float]) -> Iterator[str]:
+    """A note on how long compiling took. ended: when the batch was begun, and when each of its steps was done."""
+    if model.compiler is None or len(ended) < 3:
+        return
+    first, second = ended[1] - ended[0], ended[2] - ended[1]
+    if first - second > LONG_WARM_UP:
+        yield f"compiled: the first step took {first - second:.0f} s longer than the second"
 
 
 def _parts(model: LatentDiffusion, last: LatentDiffusion, request: GenerateRequest) -> tuple[OtherPart, ...]:
@@ -263,17 +279,22 @@ def _latent_shape(stage: Stage) -> tuple[int, int, int]:
 def _denoise(stage: Stage, denoiser: Denoiser, noise: PerImageNoise) -> Denoise:
     """The stage's denoiser for a whole batch: guided, held to its mask, and made consistent where the sampler wants."""
     count = len(noise.start)
-    if stage.request.reuse > 1:
-        denoiser = replace(denoiser, network=_reusing(denoiser.network, stage), dtype=stage.model.dtype)
+    if stage.request.reuse > 1 or stage.request.merge_tokens > 0:
+        denoiser = replace(denoiser, network=_cheaper(denoiser.network, stage), dtype=stage.model.dtype)
     denoise = guided(denoiser, [(sigma, _repeated(told, count)) for sigma, told in stage.told], guidance_of(stage))
     if stage.hold is not None:
         denoise = stage.hold(denoise)
     return consistency(denoise, stage.model.schedule) if stage.request.sampler == "lcm" else denoise
 
 
-def _reusing(network: Network, stage: Stage) -> Network:
-    """The network with a memory of its own for one batch; control networks are asked at every step."""
-    unet = FeatureReuse(stage.model.unet, stage.request.reuse)
+def _cheaper(network: Network, stage: Stage) -> Network:
+    """The network with merged tokens and a memory of its own for one batch; control networks stay as they are, and are
+    asked at every step."""
+    unet, request = stage.model.unet, stage.request
+    if request.merge_tokens > 0:
+        unet = merging_tokens(unet, request.merge_tokens)
+    if request.reuse > 1:
+        unet = FeatureReuse(unet, request.reuse)
     return replace(network, unet=unet) if isinstance(network, Controlled) else unet
 
 

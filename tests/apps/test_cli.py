@@ -81,6 +81,22 @@ def test_xformers_is_refused_without_it_and_on_a_cpu(tiny_model, tmp_path, capsy
     assert not files(tmp_path)
 
 
+def test_a_command_compiles_and_its_pictures_say_so(tiny_model, tmp_path, capsys, monkeypatch):
+    arguments = ["generate", "a red apple", "--steps", "1", "--seed", "1", "--compile", "--device", "cpu"]
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert main(arguments) == 2
+    assert "compile: the C++ compiler no-such-compiler was not found; install it" in capsys.readouterr().err
+    assert not files(tmp_path)
+    monkeypatch.setattr("ldm.pipeline.latent_diffusion.check_compiler", lambda _device: None)
+    seen = []
+    monkeypatch.setattr("ldm.models.compiled.BlockCompiler.compiled", lambda _self, net: seen.append(net) or net)
+    assert main(arguments) == 0
+    assert len(seen) == 1 and "compiling: the first step takes longer" in capsys.readouterr().err
+    (path,) = files(tmp_path)
+    found = read_metadata(tmp_path / path)
+    assert found.record is not None and found.record["compiled"] is True
+
+
 def test_the_same_command_twice_keeps_both_and_they_are_equal(tiny_model, tmp_path):
     for _ in range(2):
         assert main(["generate", "x", "--seed", "1", "--steps", "2", "-o", "new/folder"]) == 0

@@ -73,6 +73,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         "guidance_start": 0.1, "guidance_end": 0.8, "perturbed": 3.0,
     },
     "generate x --reuse 3": {"reuse": 3},
+    "generate x --merge-tokens 0.5": {"merge_tokens": 0.5},
     "generate x --apg": {"apg": Apg()},
     "generate x --apg-norm 2.5 --apg-parallel 1 --apg-momentum 0": {"apg": Apg(norm=2.5, parallel=1.0, momentum=0.0)},
     "generate x --refiner other.safetensors": {"refine_at": 0.8},
@@ -175,6 +176,10 @@ REFUSED: dict[str, tuple[str, str]] = {
     "guidance interval": ("generate x --guidance-start 0.8 --guidance-end 0.2", "guidance_start: found 0.8, expected"),
     "guidance end": ("generate x --guidance-end 1.5", "guidance_end: found 1.5, expected a number from 0 to 1"),
     "perturbed nan": ("generate x --perturbed nan", "perturbed: found nan, expected a number from 0 to 20"),
+    "merge tokens": (
+        "generate x --merge-tokens 0.8",
+        "merge_tokens: found 0.8, expected a number from 0 to 0.75",
+    ),
     "apg norm": ("generate x --apg-norm -1", "apg: norm: found -1.0, expected a number from 0 to 100"),
     "apg and rescale": ("generate x --apg --rescale 0.5", "rescale: found together with apg"),
     "refine at": ("generate x --refine-at 0.8", "refine-at: found without a refiner"),
