@@ -105,7 +105,7 @@ def _too_short(curves: Curves, found: Figures) -> tuple[Sentences, Sentences]:
 
 def _by_heart(curves: Curves, found: Figures) -> tuple[Sentences, Sentences]:
     learned = (
-        f"It learned its {curves.pictures} pictures by heart: each was seen {curves.epochs:.3g} times, and their loss "
+        f"It learned its {curves.pictures} pictures by heart: each was seen {_count(curves.epochs)} times, and their loss "
         f"fell by {_percent(found.train_fall)}"
     )
     held = found.held_out
@@ -225,3 +225,8 @@ def _change(ratio: Estimate) -> str:
 
 def _share(share: float) -> str:
     return f"{100 * share:.0f}%"
+
+
+def _count(number: float) -> str:
+    """ "7.5" or "1,333"."""
+    return f"{number:.1f}" if number < 10 else f"{number:,.0f}"

@@ -303,3 +303,9 @@ def test_estimates_against_scipy():
 
 def _chance(test: Any) -> float:
     return test.pvalue
+
+
+@pytest.mark.parametrize(("epochs", "said"), [(4.0, "4.0"), (667.0, "667"), (4000 / 3, "1,333")])
+def test_how_often_each_was_seen_is_said_in_plain_numbers(epochs, said):
+    sentences = verdict(replace(FOUR, epochs=epochs).curves(0)).sentences
+    assert f"each was seen {said} times" in sentences[0]
