@@ -105,8 +105,8 @@ def _too_short(curves: Curves, found: Figures) -> tuple[Sentences, Sentences]:
 
 def _by_heart(curves: Curves, found: Figures) -> tuple[Sentences, Sentences]:
     learned = (
-        f"It learned its {curves.pictures} pictures by heart: each was seen {_count(curves.epochs)} times, and their loss "
-        f"fell by {_percent(found.train_fall)}"
+        f"It learned its {curves.pictures} pictures by heart: each was seen {_count(curves.epochs)} times, and their "
+        f"loss fell by {_percent(found.train_fall)}"
     )
     held = found.held_out
     if held is None:
