@@ -192,8 +192,9 @@ def test_light_files_import_torch_inside_functions_only():
              "matplotlib", "scipy", "ftfy", "torch._inductor", "torch._dynamo.eval_frame"),
             30.0,
         ),
+        ("import ldm.apps.tune", ("peft", "open_clip", "torchao", "diffusers", "matplotlib", "jinja2"), 60.0),
     ],
-    ids=["ldm", "request", "cli", "generate"],
+    ids=["ldm", "request", "cli", "generate", "tune"],
 )  # fmt: skip
 def test_what_an_import_brings(code, absent, seconds):
     """In a fresh process: nothing that is not needed, and in good time (CPU seconds)."""

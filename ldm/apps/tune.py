@@ -12,7 +12,7 @@ import torch
 
 from ldm.apps.check import buckets_of, defaults_of
 from ldm.apps.progress import progress_bar, to_stderr
-from ldm.apps.tune_checks import check_command, check_pictures
+from ldm.apps.tune_checks import check_command, check_packages, check_pictures
 from ldm.data.captions import CaptionRules, whole
 from ldm.data.example import PictureSet
 from ldm.data.picture_set import read_pictures
@@ -20,7 +20,7 @@ from ldm.errors import printable
 from ldm.models.tokenizer import split_at_names, word_ids
 from ldm.pipeline.device import choose_device
 from ldm.pipeline.load import load
-from ldm.training.adapters import AdapterOptions
+from ldm.training.adapter_options import AdapterOptions
 from ldm.training.engine.loop import Progress
 from ldm.training.engine.loop_config import LoopConfig, Precision
 from ldm.training.engine.precision import DTYPES, precision_on, slowness
@@ -47,6 +47,7 @@ def tune(command: Tune) -> None:
     Raises LdmError for all that the caller can mend, before anything is trained where it can be known by then.
     """
     check_command(command)
+    check_packages(command)
     tuning = tuning_of(command)
     found = read_pictures(command.folder, tuning.defaults)
     check_pictures(command, found)
@@ -209,7 +210,7 @@ def loop_of(command: Tune, tuning: Tuning, config: SystemConfig, pictures: int, 
         precision=precision,
         seed=asked.seed,
         workers=asked.workers,
-        save_every=every,
+        save_every=every if asked.save_every is None else asked.save_every,
         evaluate_every=every,
         log_every=max(1, min(10, steps // 20)),
     )

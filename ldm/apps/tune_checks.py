@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ldm.apps.tune_flags import Learning
 from ldm.data.example import PictureSet
 from ldm.errors import LdmError
+from ldm.training.engine.optimizers import PACKAGES
 
 if TYPE_CHECKING:
     from ldm.apps.options import Tune
@@ -22,6 +24,16 @@ def check_command(command: Tune) -> None:
     _check_numbers(command.learning)
     if command.showing.repeats < 1:
         raise LdmError(f"repeats: found {command.showing.repeats}, expected 1 or more")
+
+
+def check_packages(command: Tune) -> None:
+    """Raise LdmError where a package that the run would need in the end, or for its method, is not installed."""
+    by_adapter = command.method == "lora" or (command.method == "dreambooth" and not command.whole)
+    optimizers = [package for name, package in PACKAGES.items() if name == command.learning.optimizer]
+    needed = [*(["peft"] if by_adapter else []), *optimizers, "jinja2", "matplotlib"]  # the last two for the report
+    if missing := [package for package in needed if find_spec(package) is None]:
+        those = "packages that are" if len(missing) > 1 else "a package that is"
+        raise LdmError(f"tune: needs {' and '.join(missing)}, {those} not installed; pip install 'ldm[tune]'")
 
 
 def check_pictures(command: Tune, found: PictureSet) -> None:
@@ -65,9 +77,10 @@ def _given(group: object, *names: str) -> Iterator[str]:
 
 
 def _check_numbers(asked: Learning) -> None:
-    for name, least in (("steps", 1), ("batch", 1), ("accumulate", 1), ("looks", 1), ("warmup", 0), ("workers", 0)):
+    least_ones = {"steps": 1, "batch": 1, "accumulate": 1, "looks": 1, "save_every": 1, "warmup": 0, "workers": 0}
+    for name, least in least_ones.items():
         if (number := getattr(asked, name)) is not None and number < least:
-            raise LdmError(f"{name}: found {number}, expected {least} or more")
+            raise LdmError(f"{name.replace('_', '-')}: found {number}, expected {least} or more")
     if not 0 <= asked.seed < 2**63:
         raise LdmError(f"seed: found {asked.seed}, expected a number from 0 to 2^63 - 1")
     for name, rate in (("rate", asked.rate), ("text-rate", asked.text_rate)):

@@ -39,7 +39,9 @@ class Learning:
     seed: Annotated[int, arg(metavar="N")] = 0
     """Of all that is drawn by lot."""
     looks: Annotated[int, arg(metavar="N")] = 10
-    """How often it is measured, drawn and saved on the way."""
+    """How often it is measured and drawn on the way."""
+    save_every: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """Steps between saves, from which a stopped run goes on. By default one at every look."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,7 @@ def test_dreambooth_draws_its_class_itself(folder, base, tmp_path, capsys):
         (["--method", "controlnet", "--text"], "text: the text towers are not trained by controlnet"),
         (["--whole"], "whole: found with method lora, expected dreambooth"),
         (["--looks", "0"], "looks: found 0"),
+        (["--save-every", "0"], "save-every: found 0"),
         (["--min-snr", "-1"], "min-snr: found -1"),
         (["--min-snr", "inf"], "min-snr: found inf"),
         (["--prior-weight", "-0.5", "--class-pictures", "."], "prior weight: found -0.5"),
@@ -152,6 +154,35 @@ def test_a_run_of_other_settings_is_not_gone_on_with(folder, base, tmp_path, cap
     (folder / "0.txt").write_text("something else")
     assert main([*arguments, "--steps", "4"]) == 2
     assert "was begun with pictures" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [
+        ("peft", []),
+        ("peft", ["--method", "dreambooth"]),
+        ("jinja2", ["--method", "full"]),
+        ("matplotlib", []),
+        ("torchao", ["--optimizer", "adamw8bit"]),
+        ("transformers", ["--optimizer", "adafactor"]),
+        ("prodigyopt", ["--optimizer", "prodigy"]),
+        ("schedulefree", ["--optimizer", "schedulefree"]),
+    ],
+)
+def test_a_missing_package_is_told_at_once(package, arguments, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    output = tmp_path / "out"
+    assert main(["tune", str(folder), "--base", "nowhere.safetensors", "-o", str(output), *SHORT, *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said == f"ldm: tune: needs {package}, a package that is not installed; pip install 'ldm[tune]'\n"
+    assert not output.exists()
+
+
+def test_packages_that_are_not_needed_are_not_asked_for(tmp_path, monkeypatch, capsys):
+    for package in ("peft", "torchao", "prodigyopt", "schedulefree"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert main(["tune", str(tmp_path), "--method", "full"]) == 2
+    assert "holds no pictures" in capsys.readouterr().err
 
 
 def test_an_empty_folder_is_told_before_a_model_is_loaded(tmp_path, capsys):

@@ -25,7 +25,8 @@ from ldm.errors import LdmError
 from ldm.models.presets import sd1, sd2, sdxl, small, tiny
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import random_system
-from ldm.training.adapters import AdapterKind, AdapterOptions, add_adapter, network_facts, trained_parts
+from ldm.training.adapter_options import AdapterKind, AdapterOptions, network_facts
+from ldm.training.adapters import add_adapter, trained_parts
 from ldm.types import Conditioning
 from ldm.weights.adapters.kinds import Lora
 from ldm.weights.adapters.names import modules

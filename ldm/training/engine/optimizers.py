@@ -26,6 +26,11 @@ from ldm.training.engine.muon import Muon
 Groups = list[tuple[list[nn.Parameter], float]]
 """Parameters, and what their rate is to the run's."""
 
+PACKAGES = {
+    "adamw8bit": "torchao", "adafactor": "transformers", "prodigy": "prodigyopt", "schedulefree": "schedulefree",
+}  # fmt: skip
+"""What an optimizer needs besides PyTorch."""
+
 SET_BY_THE_LOOP = {"params", "lr", "factor", "weight_decay"}
 """Entries of an optimizer's groups that are no state of its own."""
 
@@ -133,7 +138,7 @@ def _adamw8bit(told: list[dict[str, Any]], config: LoopConfig) -> torch.optim.Op
     try:
         from torchao.optim import AdamW8bit
     except ImportError:
-        raise _missing(config, "torchao") from None
+        raise _missing(config) from None
     return AdamW8bit(told, lr=config.rate, betas=config.betas, weight_decay=config.weight_decay)
 
 
@@ -142,7 +147,7 @@ def _adafactor(told: list[dict[str, Any]], config: LoopConfig) -> torch.optim.Op
     try:
         from transformers.optimization import Adafactor
     except ImportError:
-        raise _missing(config, "transformers") from None
+        raise _missing(config) from None
     fixed = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
     return Adafactor(told, lr=config.rate, weight_decay=config.weight_decay, **fixed)
 
@@ -151,7 +156,7 @@ def _prodigy(told: list[dict[str, Any]], config: LoopConfig) -> torch.optim.Opti
     try:
         from prodigyopt import Prodigy
     except ImportError:
-        raise _missing(config, "prodigyopt") from None
+        raise _missing(config) from None
     if len({group["factor"] for group in told}) > 1:
         raise LdmError("rates: optimizer prodigy finds one rate for all; give no separate ones, or another optimizer")
     decay: Any = config.weight_decay  # declared an int
@@ -164,7 +169,7 @@ def _schedulefree(told: list[dict[str, Any]], config: LoopConfig) -> torch.optim
     try:
         from schedulefree import AdamWScheduleFree
     except ImportError:
-        raise _missing(config, "schedulefree") from None
+        raise _missing(config) from None
     if config.schedule != "constant" or config.cooldown:
         raise LdmError("schedule: optimizer schedulefree needs none; leave it constant, with a cooldown of 0")
     optimizer = AdamWScheduleFree(told, lr=config.rate, betas=config.betas, weight_decay=config.weight_decay)
@@ -172,7 +177,8 @@ def _schedulefree(told: list[dict[str, Any]], config: LoopConfig) -> torch.optim
     return optimizer
 
 
-def _missing(config: LoopConfig, package: str) -> LdmError:
+def _missing(config: LoopConfig) -> LdmError:
+    package = PACKAGES[config.optimizer]
     return LdmError(f"optimizer: {config.optimizer} needs {package}; run pip install {package}, or choose adamw")
 
 

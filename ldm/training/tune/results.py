@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from ldm.errors import LdmError
 from ldm.pipeline.files import sha256_of
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import save_checkpoint
-from ldm.training.adapters import network_facts, trained_parts
+from ldm.training.adapter_options import network_facts
 from ldm.training.engine.loop_config import LoopConfig
 from ldm.training.tune.pictures import Prepared
 from ldm.training.tune.settings import Tuning
@@ -20,6 +21,7 @@ from ldm.training.tune.trained import Trained
 from ldm.weights.adapters.write import write_adapter
 from ldm.weights.controlnet_write import write_control
 from ldm.weights.embeddings import write_embedding
+from ldm.weights.io import read_header
 
 HALF = torch.float16
 
@@ -28,6 +30,15 @@ def result_path(tuning: Tuning) -> Path:
     """Where the result goes. An embedding's word is its file's name, for most programs."""
     name = tuning.word if tuning.method == "embedding" else tuning.output.resolve().name
     return tuning.output / f"{name}.safetensors"
+
+
+def step_of_result(tuning: Tuning) -> int | None:
+    """Of which step the file is that is there; None where there is none, or none that says so."""
+    try:
+        told = read_header(result_path(tuning)).metadata.get("ss_steps", "")
+    except (LdmError, OSError):
+        return None
+    return int(told) if told.isascii() and told.isdigit() else None
 
 
 def write_result(tuning: Tuning, trained: Trained, base: LatentDiffusion, facts: dict[str, str], step: int) -> Path:
@@ -39,6 +50,8 @@ def write_result(tuning: Tuning, trained: Trained, base: LatentDiffusion, facts:
     elif trained.control is not None:
         write_control(path, trained.control, base.config, dtype=HALF, metadata=told)
     elif tuning.by_adapter:
+        from ldm.training.adapters import trained_parts  # here, since peft takes seconds to import
+
         told = network_facts(tuning.adapter, base.config) | told
         write_adapter(path, trained_parts(trained.model), base.config, layout=tuning.layout, metadata=told)
     else:

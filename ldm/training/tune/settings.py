@@ -12,7 +12,7 @@ from ldm.data.example import Defaults
 from ldm.diffusion.loss import Weighing
 from ldm.errors import LdmError
 from ldm.models.presets import SystemConfig
-from ldm.training.adapters import AdapterOptions
+from ldm.training.adapter_options import AdapterOptions
 from ldm.training.tune.objective import Noising
 
 Method = Literal["lora", "full", "dreambooth", "embedding", "controlnet"]

@@ -14,7 +14,6 @@ from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.text_encoder import TextTower
 from ldm.models.unet import UNet
 from ldm.pipeline.latent_diffusion import LatentDiffusion
-from ldm.training.adapters import add_adapter
 from ldm.training.textual_inversion import NewWord, new_word
 from ldm.training.tune.settings import Tuning
 
@@ -42,6 +41,8 @@ def trained_of(base: LatentDiffusion, tuning: Tuning) -> Trained:
     """
     word, control, model = None, None, base
     if tuning.by_adapter:
+        from ldm.training.adapters import add_adapter  # here, since peft takes seconds to import
+
         rank = tuning.adapter.text_rank or (tuning.adapter.rank if tuning.text else None)
         model = add_adapter(base, replace(tuning.adapter, text_rank=rank), tuning.seed)
     elif tuning.method == "embedding":
