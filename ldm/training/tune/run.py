@@ -27,7 +27,7 @@ from ldm.training.tune.epochs import epochs_of
 from ldm.training.tune.measure import Measured, Question, load_measured, losses, question, timesteps
 from ldm.training.tune.objective import TuneObjective
 from ldm.training.tune.pictures import Prepared, network_mark, prepare
-from ldm.training.tune.results import result_path, run_facts, write_result
+from ldm.training.tune.results import run_facts, step_of_result, write_result
 from ldm.training.tune.samples import Samples, samples_for
 from ldm.training.tune.settings import Tuning, buckets_for, check_base, held_out_numbers, text_share, weighing
 from ldm.training.tune.trained import Trained, trained_of
@@ -139,11 +139,23 @@ def tune(run: Run, progress: Callable[[Progress], None] | None = None) -> list[M
         look(folder, 0)
     with checkpointed(run.trained.networks) if run.tuning.checkpointing else nullcontext():
         average = train(objective, loop, folder, progress)
-    if rank_and_ranks()[0] == 0 and not result_path(run.tuning).exists():
-        average.swap(objective)  # nothing was better beyond doubt: the last weights, rather than nothing
+    if rank_and_ranks()[0] == 0 and _wants_last(run):
+        average.swap(objective)
         write_result(run.tuning, run.trained, run.base, told, loop.steps)
         average.swap(objective)
     return load_measured(folder, loop.steps)
+
+
+def _wants_last(run: Run) -> bool:
+    """Whether the last weights are to be the result, rather than none or those of an earlier end.
+
+    They are where no step was better beyond doubt than none at all.
+    """
+    written = step_of_result(run.tuning)
+    if written is None:
+        return True
+    measured = load_measured(run.tuning.output, run.loop.steps)
+    return written < run.loop.steps and figures(curves_of(run, measured)).best_step == 0
 
 
 def curves_of(run: Run, measured: Sequence[Measured]) -> Curves:
@@ -202,9 +214,18 @@ def _facts(
         "min_snr": tuning.min_snr,
         "huber": tuning.huber,
         "pictures": digest.hexdigest()[:16],
+        "masks and hints": _masks_and_hints(pictures),
         "held_out": list(held_out),
         "base": network_mark(base.unet),
     }
+
+
+def _masks_and_hints(pictures: Sequence[Prepared]) -> str | None:
+    """A digest of what the files hold; None where no picture has any."""
+    told = [(picture.keys[0]["mask"], picture.keys[0]["hint"]) for picture in pictures]
+    if not any(any(pair) for pair in told):
+        return None
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def _measured(objective: TuneObjective, step: int, train: Question, held_out: Question) -> Measured:

@@ -17,7 +17,7 @@ from ldm.data.picture_set import read_pictures
 from ldm.models.presets import sd1, tiny
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import load, random_system, save_checkpoint
-from ldm.training.adapters import AdapterOptions
+from ldm.training.adapter_options import AdapterOptions
 from ldm.training.engine.loop import train
 from ldm.training.engine.loop_config import LoopConfig
 from ldm.training.engine.objective import Draw, step_generator
@@ -170,6 +170,47 @@ def test_a_run_goes_on_where_it_stopped(folder, base):
     theirs = dict(straight.objective.named_parameters())
     for name, parameter in resumed.objective.named_parameters():
         assert torch.equal(parameter, theirs[name]), name
+
+
+def test_weights_of_an_earlier_end_give_way_to_later_ones(folder, base):
+    """Where nothing is learned no step is better than none: the last one is written, and that of a longer run later."""
+    settings = tuning(folder, adapter=AdapterOptions(rank=2))
+    result = settings.output / "out.safetensors"
+    for steps in (2, 4):
+        tune(ready(settings, base, replace(LOOP, steps=steps, rate=0.0)))
+        assert load_metadata(result)["ss_steps"] == str(steps)
+    written = result.stat().st_mtime_ns
+    tune(ready(settings, base, replace(LOOP, steps=4, rate=0.0)))
+    assert result.stat().st_mtime_ns == written  # a finished run leaves it alone
+    result.unlink()
+    tune(ready(settings, base, replace(LOOP, steps=4, rate=0.0)))
+    assert load_metadata(result)["ss_steps"] == "4"
+
+
+def test_a_step_that_was_best_stays_when_later_ones_are_worse(folder, base):
+    settings = tuning(folder, method="full", held_out=0.5)
+    first = replace(LOOP, steps=20, batch=4, evaluate_every=20, save_every=20)
+    tune(ready(settings, base, first))
+    assert load_metadata(settings.output / "out.safetensors")["ss_steps"] == "20"
+    longer = replace(first, steps=24, evaluate_every=24, save_every=24, rate=1.0)  # too fast: it comes apart
+    tune(ready(settings, base, longer))
+    assert load_metadata(settings.output / "out.safetensors")["ss_steps"] == "20"
+
+
+@pytest.mark.parametrize("kind", ["masks", "hints"])
+def test_other_masks_or_hints_are_another_run(kind, folder, base):
+    where = folder.parent / kind
+    where.mkdir()
+    for number in range(len(COLORS)):
+        Image.new("RGB", (64, 64), "white").save(where / f"{number}.png")
+    method = {"method": "controlnet"} if kind == "hints" else {"adapter": AdapterOptions(rank=2)}
+    settings = tuning(folder, defaults=Defaults(**{kind: where}), **method)
+    before = ready(settings, base).objective.facts()
+    assert ready(settings, base).objective.facts() == before
+    Image.new("RGB", (64, 64), "gray").save(where / "3.png")
+    after = ready(settings, base).objective.facts()
+    assert [name for name in before if before[name] != after[name]] == ["masks and hints"]
+    assert ready(tuning(folder), base).objective.facts()["masks and hints"] is None
 
 
 def test_pictures_of_the_class_count_as_they_are_told(folder, base):
