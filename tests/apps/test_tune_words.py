@@ -1,4 +1,4 @@
-"""The word of an embedding in captions: found where a prompt would find it, put there where it is missing."""
+"""What flags of `ldm tune` come to: the word of an embedding in captions, found as prompts find it, and the loop."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.apps.tune import has_word, with_word
+from ldm.apps.options import Tune
+from ldm.apps.tune import has_word, loop_of, with_word
+from ldm.apps.tune_flags import Learning
 from ldm.data.captions import CaptionRules, whole
 from ldm.data.example import Example, PictureSet
 from ldm.data.file_at import FileAt
-from ldm.models.presets import sd1, tiny
+from ldm.models.presets import sd1, small, tiny
 from ldm.pipeline.load import random_system
 from ldm.training.textual_inversion import new_word
 from ldm.training.tune.settings import Method, Tuning
@@ -70,6 +72,13 @@ def test_pictures_without_the_word_are_counted():
     found = told("sks", "a sks", "red", "blue")
     assert captions(found) == ["a sks", "red", "blue"]
     assert found.notes == ("2 of 3 pictures have no caption with the word 'sks', as 1.png: they teach it nothing",)
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 10), (7, 7)])
+def test_saves_may_come_at_other_steps_than_looks(asked, expected):
+    command = Tune(PATH, learning=Learning(steps=100, looks=10, save_every=asked))
+    loop = loop_of(command, Tuning(PATH, PATH), small(), 10, "no")
+    assert (loop.save_every, loop.evaluate_every) == (expected, 10)
 
 
 def test_a_word_that_the_model_knows_is_noted():
