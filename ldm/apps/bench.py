@@ -53,7 +53,14 @@ def plan_of(command: Bench) -> Plan:
         raise LdmError(f"threads: found {command.threads}, expected 1 to 1024")
     model = command.preset or command.file or shipped_model()
     return Plan(
-        model, _parts(command.parts), _sizes(command.size), command.runs, command.steps, command.alone, command.device
+        model,
+        _parts(command.parts),
+        _sizes(command.size),
+        command.runs,
+        command.steps,
+        command.alone,
+        command.device,
+        command.compile,
     )
 
 

@@ -445,6 +445,8 @@ class Bench:
     """Of both sides. By default torch's own choice."""
     alone: bool = False
     """Leave diffusers out."""
+    compile: bool = False
+    """Time steps and pictures of ours with compiled blocks, see ldm generate --compile."""
     device: Annotated[str, arg(metavar="D")] = "auto"
     """cpu, cuda, cuda:1, mps; auto is a CUDA GPU if there is one, else the CPU."""
     save: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")] = None

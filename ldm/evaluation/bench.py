@@ -52,6 +52,9 @@ SIDES: Mapping[InProcess, tuple[OurSide, TheirSide]] = {
 PICTURES = ("decode", "picture")
 """The parts that give a picture, so that an error can be told in dB."""
 
+COMPILED = ("step", "picture")
+"""The parts that a compiled model does otherwise."""
+
 SIZELESS = ("text", "load")
 """The parts that are measured at one size: nothing, or hardly anything, in them depends on it."""
 
@@ -100,6 +103,7 @@ class Plan:
     model:   a file or folder, or a preset, whose weights are then random
     sizes:   sides in pixels; empty: the model's own; runs: timed ones, after one to warm up
     steps:   of whole pictures; alone: leave diffusers out; device: as `load` takes it
+    compile: time our side with compiled blocks, of what is timed in this process
     """
 
     model: Path | Preset
@@ -109,6 +113,7 @@ class Plan:
     steps: int = 4
     alone: bool = False
     device: str = "auto"
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ def bench(
                             raise LdmError("tune: nothing was given that measures it; leave the part out")
                         yield tuning(subject, work.size, plan.runs)
                     case "step" | "decode" | "text" | "picture":
-                        yield _in_process(part, subject, work, plan.runs, clock)
+                        yield _in_process(part, subject, work, plan, clock)
 
 
 Tuning = Callable[[Subject, int, int], Entry]
@@ -186,28 +191,34 @@ def _subject(plan: Plan, say: Say) -> Iterator[Subject]:
         yield Subject(file, folder, config, device, note)
 
 
-def _in_process(part: InProcess, subject: Subject, work: Work, runs: int, clock: Clock) -> Entry:
+def _in_process(part: InProcess, subject: Subject, work: Work, plan: Plan, clock: Clock) -> Entry:
     """A part that is timed in this process. A side holds the one network that it needs, theirs never two."""
     our_side, their_side = SIDES[part]
+    runs, compiles = plan.runs, plan.compile and part in COMPILED
 
-    def ours(dtype: str) -> Contestant:
-        return timed(our_side(load(subject.file, device=subject.device, dtype=dtype), work), clock)
+    def ours(dtype: str, *, compiles: bool = False) -> Contestant:
+        model = load(subject.file, device=subject.device, dtype=dtype)
+        return timed(our_side(model.compiled() if compiles else model, work), clock)
 
     def theirs(setting: Setting) -> Contestant:
         assert subject.folder is not None
         return timed(their_side(subject.folder, setting, work), clock)
 
     exact = _output(ours("float32")())
+    contestant, warm_up = ours("auto", compiles=compiles), None
+    if compiles:
+        first, second = contestant().seconds, contestant().seconds
+        warm_up = f"{part} {work.size}: ours is compiled, which took {max(0.0, first - second):.1f} s"
     if subject.folder is None:
-        measured = in_turns({"ours": ours("auto")}, runs)["ours"]
-        entry = Entry(part, work.size, runs, "s", median_seconds(measured), note=subject.note)
-        return replace(_with_errors(entry, "", measured, exact), settings=_settings(subject))
+        measured = in_turns({"ours": contestant}, runs)["ours"]
+        entry = Entry(part, work.size, runs, "s", median_seconds(measured), note=warm_up or subject.note)
+        return replace(_with_errors(entry, "", measured, exact), settings=_settings(subject, compiles=compiles))
     their_exact = _output(theirs(PLAIN)())
     tried = bench_diffusers.settings(subject.device)
     if part == "text":  # there is nothing in it that could be channels-last
         tried = tuple(setting for setting in tried if not setting.channels_last)
-    played = play(ours("auto"), theirs, tried, runs)
-    entry = _entry(part, subject, work, runs, played)
+    played = play(contestant, theirs, tried, runs)
+    entry = replace(_entry(part, subject, work, runs, played, compiles=compiles), note=warm_up)
     entry = _with_errors(entry, "", played.ours, exact)
     entry = _with_errors(entry, "theirs_", played.theirs_best, their_exact)
     return replace(entry, agreement=error(their_exact, exact).l2)
@@ -245,18 +256,21 @@ def play(ours: Contestant, theirs: Callable[[Setting], Contestant], tried: Seque
     return Match(best, tried[0], ours_best, theirs_best, theirs_default, paired, paired_default)
 
 
-def _entry(part: Part, subject: Subject, work: Work, runs: int, played: Match) -> Entry:
+def _entry(part: Part, subject: Subject, work: Work, runs: int, played: Match, *, compiles: bool = False) -> Entry:
     ours, best, default = map(median_seconds, (played.ours, played.theirs_best, played.theirs_default))
     return Entry(
         part, work.size, runs, "s", ours, best, default, best / ours, default / ours, played.paired_ratio,
-        played.paired_ratio_default, settings=_settings(subject, played.best, played.default),
+        played.paired_ratio_default, settings=_settings(subject, played.best, played.default, compiles=compiles),
     )  # fmt: skip
 
 
-def _settings(subject: Subject, best: Setting | None = None, default: Setting | None = None) -> dict[str, str | None]:
+def _settings(
+    subject: Subject, best: Setting | None = None, default: Setting | None = None, *, compiles: bool = False
+) -> dict[str, str | None]:
     precision = choose_precision("auto", torch.device(subject.device), subject.config.family)
     theirs = {"theirs_best": best, "theirs_default": default}
-    return {"ours": str(precision), **{name: None if one is None else str(one) for name, one in theirs.items()}}
+    ours = f"{precision}, compiled" if compiles else str(precision)
+    return {"ours": ours, **{name: None if one is None else str(one) for name, one in theirs.items()}}
 
 
 def _with_errors(entry: Entry, side: Literal["", "theirs_"], measured: Sequence[Measured], exact: Tensor) -> Entry:

@@ -20,6 +20,7 @@ from ldm.evaluation.bench_inputs import PLAIN, Setting, Work
 from ldm.evaluation.bench_process import Fresh, peak_bytes
 from ldm.evaluation.turns import Measured, error, in_turns, median_seconds, paired_ratio, psnr, timed
 from ldm.models.presets import SystemConfig, sd1, sd2, sdxl, sdxl_refiner, tiny
+from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.weights.diffusers_write import write_folder
 from ldm.weights.source import open_source
 
@@ -279,3 +280,15 @@ def test_bfloat16_is_not_tried_where_it_would_take_hours(monkeypatch):
     for native, expected in ((False, {"float32"}), (True, {"float32", "bfloat16"})):
         monkeypatch.setattr("ldm.pipeline.device.multiplies_bfloat16", lambda _, native=native: native)
         assert {setting.dtype for setting in bench_diffusers.settings("cpu")} == expected
+
+
+def test_compiled_steps_are_measured_as_such(tiny_file, monkeypatch):
+    made = []
+    real = LatentDiffusion.compiled
+    monkeypatch.setattr(LatentDiffusion, "compiled", lambda self: made.append(self.dtype) or real(self, "eager"))
+    plan = Plan(tiny_file(TINY["sd15"]), ("step", "decode"), (64,), runs=1, alone=True, compile=True)
+    step, decode = bench(plan)
+    assert len(made) == 1 and step.settings is not None and decode.settings is not None
+    assert (step.settings["ours"] or "").endswith(", compiled") and "compiled" not in (decode.settings["ours"] or "")
+    assert step.note is not None and "step 64: ours is compiled, which took" in step.note
+    assert step.l2_error is not None and step.l2_error < 1e-5
