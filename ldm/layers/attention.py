@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.errors import LdmError
-from ldm.layers import cpu_bfloat16
+from ldm.layers import cpu_products
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,9 +59,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False, se
     mask = None if seen is None else seen[:, None, None, :]
     if mask is not None and causal:
         mask, causal = mask & mask.new_ones(n, n).tril(), False
-    if _backend.get() == "auto" and mask is None and not causal and cpu_bfloat16.serves(q, k, v):
+    if _backend.get() == "auto" and mask is None and not causal and cpu_products.attention_wins(q, k, v):
         compiles = torch.compiler.is_compiling()
-        out = (torch.ops.ldm.attend_in_blocks if compiles else cpu_bfloat16.attend_in_blocks)(q, k, v)
+        out = (torch.ops.ldm.attend_in_blocks if compiles else cpu_products.attend_in_blocks)(q, k, v)
     elif q.requires_grad and q.device.type == "cpu" and q.dtype is torch.bfloat16:
         # The fused kernel's backward pass is two to five times slower there; in float32 it is twice as fast.
         with sdpa_kernel(SDPBackend.MATH):

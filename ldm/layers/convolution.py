@@ -9,17 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.layers import cpu_bfloat16
+from ldm.layers import cpu_products
 
 
 def fastest_layout(x: Tensor) -> Tensor:
     """Pictures or a convolution's weight, (B, C, h, w), in the memory format that their dtype is convolved fastest in.
 
     Channels-last in half precision: twice as fast on a CPU, and what tensor cores take. Convolutions hand the format
-    on; a weight in another one is copied at each call. In float32, and with other than four dimensions: as it is.
+    on; a weight in another one is copied at each call. In float32 the weights alone that a CPU may multiply plainly
+    (`cpu_products`). Everything else, and what has other than four dimensions: as it is.
     """
-    half = x.dim() == 4 and x.dtype in (torch.bfloat16, torch.float16)
-    return x.contiguous(memory_format=torch.channels_last) if half else x
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    multiplied = x.dtype is torch.float32 and x.device.type == "cpu" and cpu_products.may_be_product(x)
+    last = x.dim() == 4 and (half or multiplied)
+    return x.contiguous(memory_format=torch.channels_last) if last else x
 
 
 class Convolution(nn.Conv2d):
@@ -28,8 +31,8 @@ class Convolution(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """(B, in_channels, h, w) -> (B, out_channels, h', w')."""
         keeps_size = (self.kernel_size, self.stride, self.padding) == ((3, 3), (1, 1), (1, 1))
-        if keeps_size and cpu_bfloat16.serves(input, self.weight) and cpu_bfloat16.product_wins(input, self.weight):
-            return cpu_bfloat16.convolve_by_product(input, self.weight, self.bias)
+        if keeps_size and cpu_products.product_wins(input, self.weight):
+            return cpu_products.convolve_by_product(input, self.weight, self.bias)
         return super().forward(input)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ldm.errors import LdmError
-from ldm.layers import cpu_bfloat16
+from ldm.layers import cpu_products
 from ldm.layers.attention import AttentionBlock
 from ldm.layers.convolution import ResBlock
 from ldm.layers.sharing import Network, shared_copy
@@ -59,7 +59,7 @@ class BlockCompiler:
 
     def compiled(self, network: Network) -> Network:
         """A copy of a network that shares every tensor with it and has its blocks compiled; copies of it have, too."""
-        cpu_bfloat16.register_operators()
+        cpu_products.register_operators()
         network = shared_copy(network)
         for block in network.modules():
             if type(block) in REPEATED:

@@ -63,7 +63,7 @@ def test_the_attention_kernel_is_chosen_for_the_command_alone(tiny_model, monkey
     used = []
     fused = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
-        "ldm.layers.cpu_bfloat16.attend_in_blocks", lambda q, k, v: used.append("blocks") or fused(q, k, v)
+        "ldm.layers.cpu_products.attend_in_blocks", lambda q, k, v: used.append("blocks") or fused(q, k, v)
     )
     plain = ["generate", "a red apple", "--steps", "1", "--dtype", "bfloat16"]
     assert main([*plain, "--attention", "sdpa"]) == 0

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.layers import cpu_bfloat16
+from ldm.layers import cpu_products
 from ldm.layers.attention import AttentionBlock, CrossAttention, attend, attention_backend
-from ldm.layers.cpu_bfloat16 import attend_in_blocks
+from ldm.layers.cpu_products import attend_in_blocks
 
 
 def textbook(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
@@ -59,7 +59,7 @@ def test_attend_takes_slices_of_one_projection():
 
 def test_bfloat16_on_a_cpu_goes_in_blocks_where_nothing_learns(monkeypatch):
     calls = []
-    monkeypatch.setattr(cpu_bfloat16, "attend_in_blocks", lambda *args: calls.append(1) or attend_in_blocks(*args))
+    monkeypatch.setattr(cpu_products, "attend_in_blocks", lambda *args: calls.append(1) or attend_in_blocks(*args))
     q, k, v = (t.bfloat16() for t in random_qkv(6, 9, 16))
     out = attend(q, k, v, 2)
     assert len(calls) == 1

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ldm.layers.attention import attend
-from ldm.layers.cpu_bfloat16 import BLOCK_SCORES
+from ldm.layers.cpu_products import BLOCK_SCORES
 from ldm.pipeline.live_memory import live_memory
 
 CPU = torch.device("cpu")

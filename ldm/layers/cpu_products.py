@@ -1,6 +1,7 @@
-"""What is faster than torch's own kernels for bfloat16 on a CPU, where plain matrix products run at full speed.
+"""What plain matrix products do faster than torch's own kernels on a CPU: attention in bfloat16, small convolutions.
 
-Measured on two cores of a server CPU with 32 MiB of cache, against torch 2's fused attention and oneDNN convolutions.
+Measured on two cores of server CPUs, one with instructions for bfloat16 and one without, against torch 2's fused
+attention and oneDNN's convolutions.
 Shapes: B batch, H heads, N queries, M keys, K width of a head, C channels, h and w height and width.
 """
 
@@ -19,11 +20,19 @@ FEW_POSITIONS = 512
 MANY_WEIGHTS = 2**23
 """From how few positions, B h w, and how many weights on a convolution is faster as one matrix product."""
 
+DTYPES = (torch.bfloat16, torch.float32)
 
-def serves(*tensors: Tensor) -> bool:
-    """Whether these are bfloat16 on a CPU, and nothing here learns: the two below are made for that alone."""
+
+def attention_wins(*tensors: Tensor) -> bool:
+    """Whether `attend_in_blocks` is the faster: in bfloat16. In float32 it is not."""
+    return _serves(tensors) and tensors[0].dtype is torch.bfloat16
+
+
+def _serves(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether these are on a CPU, and nothing here learns: what follows is made for that alone."""
     learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return not learns and all(t.device.type == "cpu" and t.dtype is torch.bfloat16 for t in tensors)
+    dtype = tensors[0].dtype
+    return not learns and all(t.device.type == "cpu" and t.dtype is dtype for t in tensors) and dtype in DTYPES
 
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -53,8 +62,10 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @cache
 def register_operators() -> None:
-    """Make `attend_in_blocks` known as torch.ops.ldm.attend_in_blocks, which a compiler takes for one operation, and whose
-    loops it does not unroll then. Not at import, for it brings much else."""
+    """Make `attend_in_blocks` known as torch.ops.ldm.attend_in_blocks, which a compiler takes for one operation.
+
+    Its loops are not unrolled then. Not at import, for it brings much else.
+    """
     operator = torch.library.custom_op("ldm::attend_in_blocks", attend_in_blocks, mutates_args=())
 
     @operator.register_fake
@@ -64,8 +75,15 @@ def register_operators() -> None:
 
 def product_wins(x: Tensor, weight: Tensor) -> bool:
     """Whether `convolve_by_product` is the faster: oneDNN brings the weights into its own order at every call, which
-    takes longer than a small picture's convolution (2560 to 1280 channels over 2 x 8 x 8: 31 ms against 11)."""
-    return x.shape[0] * x.shape[2] * x.shape[3] <= FEW_POSITIONS and weight.numel() >= MANY_WEIGHTS
+    takes longer than a small picture's convolution (2560 to 1280 channels over 2 x 8 x 8, bfloat16: 31 ms against 11;
+    float32, over 2 x 4 x 4, on one core: 60 GFLOP/s against 17)."""
+    few = x.shape[0] * x.shape[2] * x.shape[3] <= FEW_POSITIONS
+    return few and may_be_product(weight) and _serves((x, weight))
+
+
+def may_be_product(weight: Tensor) -> bool:
+    """Whether a convolution's weight is large enough for that; then it should be channels last, or is copied."""
+    return weight.numel() >= MANY_WEIGHTS and weight.shape[2:] == (3, 3)
 
 
 def convolve_by_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
