@@ -17,7 +17,7 @@ from ldm.pipeline.device import Precision
 from ldm.pipeline.live_memory import live_memory
 from ldm.pipeline.load import fill
 from ldm.types import Conditioning
-from ldm.weights.io import TORCH_DTYPES, WINDOW, StoredTensor, TensorInfo
+from ldm.weights.io import TORCH_DTYPES, WINDOW, StoredTensor, TensorInfo, in_groups
 from ldm.weights.layout import Networks, build
 from ldm.weights.source import Source
 
@@ -138,7 +138,7 @@ def _told(networks: Networks, work: Work) -> Conditioning:
 
 def _read(tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """As `ldm.weights.io.read_tensors` maps them: windows of a file, held as long as one tensor in them is."""
-    for window in _windows(tensors, names):
+    for window in in_groups(sorted(names, key=partial(_begin, tensors)), tensors, WINDOW):
         ends = [0]
         for name in window:
             info = tensors[name]
@@ -148,21 +148,6 @@ def _read(tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> Iterator[t
             info = tensors[name]
             size = info.count * TORCH_DTYPES[info.dtype].itemsize
             yield name, mapped[begin : begin + size].view(TORCH_DTYPES[info.dtype]).view(info.shape)
-
-
-def _windows(tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> Iterator[list[str]]:
-    """Names in the order in which they lie, in groups of at most WINDOW bytes, or of one tensor."""
-    window, size = list[str](), 0
-    for name in sorted(names, key=partial(_begin, tensors)):
-        info = tensors[name]
-        own = info.count * TORCH_DTYPES[info.dtype].itemsize
-        if window and size + own > WINDOW:
-            yield window
-            window, size = [], 0
-        window.append(name)
-        size += own
-    if window:
-        yield window
 
 
 def _begin(tensors: Mapping[str, TensorInfo], name: str) -> int:

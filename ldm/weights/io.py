@@ -163,6 +163,21 @@ def read_tensors(header: Header, names: Iterable[str]) -> Iterator[tuple[str, Te
         raise LdmError(f"{printable(str(header.path))}: cannot be mapped: {printable(str(error))}") from error
 
 
+def in_groups(names: Iterable[str], tensors: Mapping[str, TensorInfo], most: int) -> Iterator[list[str]]:
+    """The names in this order, in groups of at most `most` bytes, or of one tensor."""
+    group: list[str] = []
+    size = 0
+    for name in names:
+        more = tensors[name].count * ITEM_BYTES[tensors[name].dtype]
+        if group and size + more > most:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += more
+    if group:
+        yield group
+
+
 def _windows(header: Header, names: Iterable[str]) -> Iterator[list[str]]:
     """The names in the order of the file, in groups that span at most WINDOW bytes, or that one tensor makes."""
     window: list[str] = []

@@ -15,7 +15,7 @@ from ldm.models.presets import SystemConfig
 from ldm.weights.atomic import replacing
 from ldm.weights.config_json import CONFIG_KEY, config_to_json
 from ldm.weights.hashes import MODELSPEC_HASH
-from ldm.weights.io import DTYPES, ITEM_BYTES, TORCH_DTYPES, TensorInfo, printable
+from ldm.weights.io import DTYPES, ITEM_BYTES, TORCH_DTYPES, TensorInfo, in_groups, printable
 from ldm.weights.layout import Networks
 
 
@@ -124,7 +124,7 @@ def write_stream(
     digest = hashlib.sha256()
     with replacing(path) as file:
         file.write(_header(entries, {**metadata, MODELSPEC_HASH: f"0x{digest.hexdigest()}"}))  # as long as the true one
-        for names in _batches(order, tensors):
+        for names in in_groups(order, tensors, BATCH):
             batch = dict(read(names))
             for name in names:
                 numbers = _numbers(_cast(name, batch.pop(name).detach().cpu(), TORCH_DTYPES[dtypes[name]]))
@@ -136,20 +136,6 @@ def write_stream(
 
 BATCH = 32 * 1024**2
 """Bytes that are asked for together: reading begins anew for each batch, which takes a while."""
-
-
-def _batches(order: Iterable[str], tensors: Mapping[str, TensorInfo]) -> Iterator[list[str]]:
-    """The names in this order, in groups of at most `BATCH` bytes or one tensor."""
-    batch, size = [], 0
-    for name in order:
-        more = tensors[name].count * ITEM_BYTES[tensors[name].dtype]
-        if batch and size + more > BATCH:
-            yield batch
-            batch, size = [], 0
-        batch.append(name)
-        size += more
-    if batch:
-        yield batch
 
 
 def _header(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
