@@ -74,7 +74,7 @@ class Model:
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     """The kernel: torch's own, xformers', or the fastest one here."""
     compile: bool = False
-    """Compile the networks' blocks: faster steps, of which the first takes longer; pictures differ by rounding."""
+    """Compile the networks' blocks, for GPUs: the first step takes longer, and pictures differ by rounding."""
     prediction: Literal["auto", "eps", "v", "x0", "probe"] = "auto"
     """What the U-Net says: noise, velocity or picture. auto reads it off the file, probe tries an SD 2.x file."""
     vae_tile: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
