@@ -77,8 +77,9 @@ def product_wins(x: Tensor, weight: Tensor) -> bool:
     """Whether `convolve_by_product` is the faster: oneDNN brings the weights into its own order at every call, which
     takes longer than a small picture's convolution (2560 to 1280 channels over 2 x 8 x 8, bfloat16: 31 ms against 11;
     float32, over 2 x 4 x 4, on one core: 60 GFLOP/s against 17)."""
-    few = x.shape[0] * x.shape[2] * x.shape[3] <= FEW_POSITIONS
-    return few and may_be_product(weight) and _serves((x, weight))
+    if not may_be_product(weight):  # asked first: the size, once looked at, is a reason to compile a block anew
+        return False
+    return x.shape[0] * x.shape[2] * x.shape[3] <= FEW_POSITIONS and _serves((x, weight))
 
 
 def may_be_product(weight: Tensor) -> bool:
