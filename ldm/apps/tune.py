@@ -24,7 +24,7 @@ from ldm.training.adapter_options import AdapterOptions
 from ldm.training.engine.loop import Progress
 from ldm.training.engine.loop_config import LoopConfig, Precision
 from ldm.training.engine.precision import DTYPES, precision_on, slowness
-from ldm.training.engine.ranks import first_rank_first, rank_and_ranks
+from ldm.training.engine.ranks import first_rank_first, join, rank_and_ranks
 from ldm.training.tune.finish import Finished, finish
 from ldm.training.tune.objective import Noising
 from ldm.training.tune.plan import Plan, duration, plan
@@ -52,7 +52,7 @@ def tune(command: Tune) -> None:
     found = read_pictures(command.folder, tuning.defaults)
     check_pictures(command, found)
     tuning, found = with_word(tuning, found)
-    device = choose_device(command.device)
+    device = join(None if command.device == "auto" else choose_device(command.device))
     precision = precision_on(device, command.learning.precision)
     if (note := slowness(device, precision)) is not None:
         found = replace(found, notes=(*found.notes, note))

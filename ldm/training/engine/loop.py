@@ -17,15 +17,13 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from accelerate import Accelerator
 
 from ldm.errors import LdmError
-from ldm.pipeline.device import choose_device
 from ldm.training.engine.ema import EMA
 from ldm.training.engine.figures import Figures, append_figures, cut_figures, in_words, mean
 from ldm.training.engine.looking import evaluate, was_evaluated
@@ -34,6 +32,7 @@ from ldm.training.engine.objective import Batch, Draw, Objective, step_generator
 from ldm.training.engine.optimizers import optimizer_for, set_rate
 from ldm.training.engine.precision import resolved
 from ldm.training.engine.prefetch import ahead
+from ldm.training.engine.ranks import join
 from ldm.training.engine.run import Run, resume, save
 from ldm.training.engine.stopping import stop_signal
 from ldm.weights.io import printable
@@ -41,8 +40,6 @@ from ldm.weights.lock import locked
 
 log = logging.getLogger(__name__)
 BAD_STEPS_ALLOWED = 10
-PATIENCE = timedelta(hours=6)
-"""How long the other ranks wait while the first one evaluates."""
 
 
 @dataclass(frozen=True)
@@ -57,29 +54,26 @@ class Progress:
 
 
 def train(
-    objective: Objective, config: LoopConfig, output: Path, progress: Callable[[Progress], None] | None = None
+    objective: Objective,
+    config: LoopConfig,
+    output: Path,
+    progress: Callable[[Progress], None] | None = None,
+    device: torch.device | None = None,
 ) -> EMA:
     """Run or resume training in the folder `output`; returns the averaged weights.
 
-    progress: called after every step, in the first process
+    progress: called after every step, in the first process; device: as for `join`
 
     The first SIGINT or SIGTERM lets the step end and saves; then KeyboardInterrupt or SystemExit(143) is raised. A
     step whose loss or gradient is not finite is skipped and counted; ten in a row raise LdmError, the last save
     untouched. Raises LdmError where `output` holds a run of another kind or one that is under way, where it cannot be
     written to, and where memory or the disk run out.
     """
-    config = resolved(config, choose_device())
+    device = join(device)
+    config = resolved(config, device)
     accelerator = Accelerator(
-        mixed_precision=config.precision,
-        gradient_accumulation_steps=config.accumulate,
-        cpu=not torch.cuda.is_available(),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        mixed_precision=config.precision, gradient_accumulation_steps=config.accumulate, cpu=device.type == "cpu"
     )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        kind = accelerator.distributed_type.value
-        raise LdmError(
-            f"accelerate: found {kind}, expected whole weights in every process; run accelerate config again"
-        )
     with _held(output) if accelerator.is_main_process else nullcontext(), stop_signal() as stop:
         run = _run(objective, config, output, accelerator)
         start = resume(run)
@@ -151,6 +145,7 @@ def _held(output: Path) -> AbstractContextManager[None]:
 
 def _run(objective: Objective, config: LoopConfig, output: Path, accelerator: Accelerator) -> Run:
     objective.to(accelerator.device)
+    objective.train()  # networks from a file are not; a run that goes on after a look is, and takes the same steps
     if config.compile:
         objective.compile()
     optimizer = optimizer_for(objective.groups(), config)

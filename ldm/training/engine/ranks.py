@@ -2,12 +2,53 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import cast
 
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
+
+from ldm.errors import LdmError
+from ldm.pipeline.device import choose_device
+
+PATIENCE = timedelta(hours=6)
+"""How long the other ranks wait while the first one prepares files or evaluates."""
+
+SPLIT = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+"""How `accelerate launch` asks, by the environment, for weights that are split over the processes."""
+
+
+def join(device: torch.device | None = None) -> torch.device:
+    """Be one of the processes that train together, where a launcher has started several. Returns its own device.
+
+    device: a CPU, or a GPU, of which each of several processes takes the one of its own number; None: as the launcher
+    says, else a GPU where there is one. The first call in a process decides. Raises LdmError where weights would be
+    split over processes, and for another device than this process has begun on.
+    """
+    if asked := [name for flag, name in SPLIT.items() if os.environ.get(flag, "").lower() in ("1", "true", "yes")]:
+        raise LdmError(_unsupported(asked[0]))
+    wanted = device or choose_device()
+    if wanted.type == "cuda" and wanted.index is not None and "LOCAL_RANK" not in os.environ:
+        torch.cuda.set_device(wanted)
+    state = PartialState(cpu=wanted.type == "cpu", timeout=PATIENCE)
+    if state.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise LdmError(_unsupported(state.distributed_type.value))
+    own = cast("torch.device", state.device)
+    if device is not None and own.type != device.type:
+        raise LdmError(f"device: found {device.type}, but this process has begun on {own.type}; start it anew")
+    return own
+
+
+def _unsupported(kind: str) -> str:
+    return f"accelerate: found {kind}, expected whole weights in every process; run accelerate config again"
 
 
 def rank_and_ranks() -> tuple[int, int]:
@@ -20,6 +61,6 @@ def rank_and_ranks() -> tuple[int, int]:
 @contextmanager
 def first_rank_first() -> Iterator[None]:
     """The other ranks wait, for six hours at most, until the first one has left this block: it may prepare files."""
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6))
-    with state.main_process_first():
+    join()  # if it was not done
+    with PartialState().main_process_first():
         yield

@@ -138,7 +138,7 @@ def tune(run: Run, progress: Callable[[Progress], None] | None = None) -> list[M
     if rank_and_ranks()[0] == 0 and not load_measured(folder, 0):
         look(folder, 0)
     with checkpointed(run.trained.networks) if run.tuning.checkpointing else nullcontext():
-        average = train(objective, loop, folder, progress)
+        average = train(objective, loop, folder, progress, run.base.device)
     if rank_and_ranks()[0] == 0 and _wants_last(run):
         average.swap(objective)
         write_result(run.tuning, run.trained, run.base, told, loop.steps)

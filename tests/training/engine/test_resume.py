@@ -53,11 +53,12 @@ def test_dropout_and_running_means_resume_too(tmp_path: Path) -> None:
         def evaluate(self, folder: Path, step: int) -> dict[str, float]:
             return {}
 
-    whole, first, second = Deep(), Deep(), Deep()
-    train(whole, CONFIG, tmp_path / "whole")
-    train(first, replace(CONFIG, steps=7), tmp_path / "parts")
+    config = replace(CONFIG, evaluate_every=5)
+    whole, first, second = (Deep().eval() for _ in range(3))  # as networks from a file are
+    train(whole, config, tmp_path / "whole")
+    train(first, replace(config, steps=7), tmp_path / "parts")
     torch.rand(3)
-    train(second, CONFIG, tmp_path / "parts")
+    train(second, config, tmp_path / "parts")
     assert whole.losses == first.losses + second.losses
     resumed = second.state_dict()
     assert all(torch.equal(value, resumed[name]) for name, value in whole.state_dict().items())

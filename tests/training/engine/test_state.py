@@ -19,13 +19,14 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, PartialState
 from line import CONFIG, Line
 from torch import Tensor
 
 from ldm.errors import LdmError
 from ldm.training.engine.figures import read_figures
 from ldm.training.engine.loop import Progress, train
+from ldm.training.engine.ranks import join
 from ldm.training.engine.state import RunState, load_best, load_state, save_state
 from ldm.weights.lock import locked
 
@@ -302,10 +303,21 @@ def test_the_scaler_of_half_precision_is_saved(tmp_path: Path, monkeypatch: pyte
     assert ends[0].numbers["scaler"]["scale"] == 4.0 * 2**6 and ends[0].numbers["scaler"]["_growth_tracker"] == 2
 
 
-def test_sharded_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(LdmError, match="accelerate: found FSDP, expected whole weights in every process"):
-        train(Line(), CONFIG, tmp_path)
+@pytest.mark.parametrize(("flag", "name"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")])
+def test_sharded_weights_are_refused(flag: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(flag, "true")
+    with pytest.raises(LdmError, match=f"accelerate: found {name}, expected whole weights in every process"):
+        train(Line(), CONFIG, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cpu_that_is_asked_for_is_taken_where_there_is_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    PartialState._reset_state()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert join(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(LdmError, match="device: found cuda, but this process has begun on cpu; start it anew"):
+        join(torch.device("cuda"))
+    assert join() == torch.device("cpu")  # as it has begun
 
 
 @pytest.mark.parametrize("moment", ["step", "evaluation", "save"])
