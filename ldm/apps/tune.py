@@ -67,7 +67,8 @@ def tune(command: Tune) -> None:
             lambda done: bar.at("encoding pictures", done),
         )  # fmt: skip
     first = rank_and_ranks()[0] == 0
-    planned = plan(run.objective, run.loop, run.kept, len(run.held_out), rank_and_ranks()[1])
+    ranks = rank_and_ranks()[1]
+    planned = plan(run.objective, run.loop, run.kept, len(run.held_out), ranks, tuning.checkpointing)
     if first:
         for line in (*run.notes, *(f"left out: {line}" for line in run.left_out), *planned.lines()):
             to_stderr(line)

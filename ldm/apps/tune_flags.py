@@ -69,7 +69,7 @@ class Naming:
     word: Annotated[str, arg(metavar="WORD")] = "sks"
     """What prompts will call it. Captions must hold it, or it is put before them."""
     like: Annotated[str, arg(metavar="WORDS")] = ""
-    """What it is most like: where its vectors begin."""
+    """What it is most like: where its vectors begin. By default in the middle of all words."""
     vectors: Annotated[int, arg(metavar="N")] = 4
     """How many places it takes in a prompt."""
 

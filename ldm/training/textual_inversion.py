@@ -38,19 +38,28 @@ class NewWord(nn.Module):
 def new_word(model: LatentDiffusion, name: str, count: int, start: str) -> NewWord:
     """A word of `count` vectors for all towers of a model, each at first that of a token of `start`.
 
-    Of fewer tokens than vectors each stands for several in a row; of more, some are left out. Raises LdmError where
-    `start` says nothing, `count` is not 1 to `MAX_VECTORS`, the name is empty or the model has no text towers.
+    Of fewer tokens than vectors each stands for several in a row; of more, some are left out. Where `start` is empty,
+    each begins as the mean of all that the tower knows. Raises LdmError where `start` says nothing otherwise, `count` is
+    not 1 to `MAX_VECTORS`, the name is empty or the model has no text towers.
     """
     if not model.text:
         raise LdmError("embedding: this model has no text towers, so prompts have no words; use another one")
     if not 1 <= count <= MAX_VECTORS:
         raise LdmError(f"embedding {printable(name)}: has {count} vectors, expected 1 to {MAX_VECTORS}")
-    if not (ids := word_ids(start)):
+    ids = word_ids(start)
+    if start and not ids:
         raise LdmError(f"embedding {printable(name)}: begins as {start!r}, expected a word; give one that is like it")
-    chosen = torch.tensor([ids[i * len(ids) // count] for i in range(count)])
-    word = NewWord(name, tuple(_table(tower).weight[chosen.to(_table(tower).weight.device)] for tower in model.text))
+    chosen = torch.tensor([ids[i * len(ids) // count] for i in range(count)]) if ids else None
+    word = NewWord(name, tuple(_first_vectors(_table(tower).weight, chosen, count) for tower in model.text))
     model.with_embeddings([word.live()])  # which raises for a name that is no word
     return word
+
+
+def _first_vectors(table: Tensor, chosen: Tensor | None, count: int) -> Tensor:
+    """(count, D): the rows that are chosen, or the mean of all."""
+    if chosen is None:
+        return table.float().mean(dim=0).expand(count, -1)
+    return table[chosen.to(table.device)]
 
 
 def _table(tower: object) -> nn.Embedding:

@@ -76,7 +76,7 @@ def test_dreambooth_draws_its_class_itself(folder, base, tmp_path, capsys):
         (["--held-out", "1"], "held out: found 1"),
         (["--size", "65"], "size: found 65"),
         (["--drop", "2"], "drop is 2"),
-        (["--method", "embedding", "--like", ""], "begins as ''"),
+        (["--method", "embedding", "--like", "  "], "begins as '  '"),
         (["--method", "controlnet"], "hints: no picture has one"),
         (["--method", "controlnet", "--text"], "text: the text towers are not trained by controlnet"),
         (["--whole"], "whole: found with method lora, expected dreambooth"),

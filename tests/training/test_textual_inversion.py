@@ -164,6 +164,14 @@ def test_what_cannot_be_is_refused(name, count, start, said):
         new_word(random_system(tiny(small())), name, count, start)
 
 
+def test_a_word_that_is_like_none_begins_in_their_middle():
+    model = random_system(tiny(sd1()))
+    (vectors,) = new_word(model, "<robot>", 3, "").vectors
+    table = model.text[0].text_model.embeddings.token_embedding.weight  # type: ignore[attr-defined]
+    torch.testing.assert_close(vectors.detach(), table.double().mean(0).float().expand(3, -1))
+    assert vectors.is_contiguous() and vectors.requires_grad
+
+
 def test_its_state_is_its_vectors():
     """What a run keeps to resume."""
     model = random_system(tiny(sdxl()))

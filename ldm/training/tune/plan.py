@@ -7,12 +7,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from ldm.data.buckets import Size
 from ldm.training.engine.loop_config import LoopConfig
+from ldm.training.engine.memory_saving import checkpointed
 from ldm.training.engine.objective import Draw, step_generator
 from ldm.training.tune.objective import TuneObjective
 
@@ -49,13 +51,24 @@ class Plan:
             f"sizes: {sizes}",
             f"steps: {self.steps} of {self.batch} pictures, {self.epochs:.1f} times through all of them",
             f"trained: {in_words(self.trained)} numbers",
-            f"takes: about {duration(self.seconds)}, {self.memory / 2**30:.1f} GiB (measured on one step)",
+            f"takes: about {duration(self.seconds)}, {self.memory / 2**30:.1f} GiB (measured on one step, without the looks)",
         ]
 
 
-def plan(objective: TuneObjective, loop: LoopConfig, kept: Sequence[int], held_out: int, processes: int) -> Plan:
-    """What this run will take. It asks for one step's gradients twice and forgets them: nothing is changed."""
-    seconds = _seconds_a_batch(objective, loop)
+def plan(
+    objective: TuneObjective,
+    loop: LoopConfig,
+    kept: Sequence[int],
+    held_out: int,
+    processes: int,
+    less_memory: bool = False,
+) -> Plan:
+    """What this run will take. It asks for one step's gradients twice and forgets them: nothing is changed.
+
+    less_memory: whether it will be `checkpointed`
+    """
+    with checkpointed(objective.networks) if less_memory else nullcontext():
+        seconds = _seconds_a_batch(objective, loop)
     chosen = [objective.pictures[i] for i in kept]
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     whole = loop.batch * loop.accumulate * processes
