@@ -39,8 +39,8 @@ def new_word(model: LatentDiffusion, name: str, count: int, start: str) -> NewWo
     """A word of `count` vectors for all towers of a model, each at first that of a token of `start`.
 
     Of fewer tokens than vectors each stands for several in a row; of more, some are left out. Where `start` is empty,
-    each begins as the mean of all that the tower knows. Raises LdmError where `start` says nothing otherwise, `count` is
-    not 1 to `MAX_VECTORS`, the name is empty or the model has no text towers.
+    each begins as the mean of all that the tower knows. Raises LdmError where `start` says nothing otherwise, `count`
+    is not 1 to `MAX_VECTORS`, the name is empty or the model has no text towers.
     """
     if not model.text:
         raise LdmError("embedding: this model has no text towers, so prompts have no words; use another one")

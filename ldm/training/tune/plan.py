@@ -51,7 +51,7 @@ class Plan:
             f"sizes: {sizes}",
             f"steps: {self.steps} of {self.batch} pictures, {self.epochs:.1f} times through all of them",
             f"trained: {in_words(self.trained)} numbers",
-            f"takes: about {duration(self.seconds)}, {self.memory / 2**30:.1f} GiB (measured on one step, without the looks)",
+            f"takes: about {duration(self.seconds)} and the looks, {self.memory / 2**30:.1f} GiB (measured on one step)",
         ]
 
 
