@@ -46,12 +46,13 @@ class Plan:
         """The same in words."""
         sizes = ", ".join(f"{w}x{h}: {count}" for (w, h), count in sorted(self.buckets.items()))
         regular = f", {self.regular} of the class" if self.regular else ""
+        memory = f"{self.memory / 2**30:.1f} GiB"
         return [
             f"pictures: {self.pictures} to train on{regular}, {self.held_out} held out",
             f"sizes: {sizes}",
             f"steps: {self.steps} of {self.batch} pictures, {self.epochs:.1f} times through all of them",
             f"trained: {in_words(self.trained)} numbers",
-            f"takes: about {duration(self.seconds)} and the looks, {self.memory / 2**30:.1f} GiB (measured on one step)",
+            f"takes: about {duration(self.seconds)} and the looks, {memory} (measured on one step)",
         ]
 
 
