@@ -14,6 +14,7 @@ from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.text_encoder import TextTower
 from ldm.models.unet import UNet
 from ldm.pipeline.latent_diffusion import LatentDiffusion
+from ldm.training.text_states import caption_ids, text_states
 from ldm.training.textual_inversion import NewWord, new_word
 from ldm.training.tune.settings import Tuning
 
@@ -55,6 +56,8 @@ def trained_of(base: LatentDiffusion, tuning: Tuning) -> Trained:
         unet = cast("UNet", _whole(base.unet))
         text = tuple(_whole(_module(tower)) for tower in base.text) if tuning.text else base.text
         model = replace(base, unet=unet, text=cast("tuple[TextTower, ...]", text), dtype=torch.float32)
+        if tuning.text:
+            _leave_what_is_not_read(model)
     parts = [model.unet, *map(_module, model.text), *([word] if word else []), *([control] if control else [])]
     return Trained(model, nn.ModuleList(parts), word, control)
 
@@ -78,6 +81,18 @@ def new_control(base: LatentDiffusion, seed: int) -> ControlNet:
             if name in given:
                 parameter.copy_(given[name])
     return control.to(base.device)
+
+
+def _leave_what_is_not_read(model: LatentDiffusion) -> None:
+    """Let nothing of the text towers be trained that the U-Net is told nothing of: blocks behind the one that is read,
+    a projection. Processes that train together wait for the gradient of every parameter that wants one."""
+    parameters = [p for tower in model.text for p in _module(tower).parameters()]
+    with torch.enable_grad():
+        said = text_states(model, caption_ids(model, [""]).to(model.device))
+        total = said.states.sum() + (0 if said.pooled is None else said.pooled.sum())
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
 
 
 def _whole(network: nn.Module) -> nn.Module:
