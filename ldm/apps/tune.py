@@ -88,8 +88,7 @@ def tune(command: Tune) -> None:
         if command.json:
             print(json.dumps(_object(ended)))
         else:
-            copied = () if ended.copies is None else ended.copies.sentences
-            for line in (*ended.verdict.sentences, *ended.verdict.advice, *copied):
+            for line in (*ended.verdict.sentences, *ended.verdict.advice, *ended.copied):
                 print(line)
             print(ended.file)
             print(ended.report)

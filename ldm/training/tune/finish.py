@@ -19,6 +19,7 @@ from ldm.errors import LdmError
 from ldm.evaluation.copies import CopyCheck, Places, check_copies
 from ldm.evaluation.verdict import Verdict, verdict
 from ldm.pipeline.clip import CLIP
+from ldm.pipeline.device import is_out_of_memory
 from ldm.pipeline.images import LARGE_BYTES, read_shrunk, to_tensor
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import load
@@ -44,11 +45,16 @@ PAIRS = 6
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """A run's end. file: what was written; copies: None where too few pictures are of one size; report: the page."""
+    """A run's end.
+
+    file: what was written; report: the page
+    copies: None where too few pictures are of one size, or the check failed; copied: the same in words
+    """
 
     file: Path
     verdict: Verdict
     copies: CopyCheck | None
+    copied: tuple[str, ...]
     report: Path
 
 
@@ -63,7 +69,7 @@ def finish(run: Run, planned: Plan, seconds: float) -> Finished:
     if clip is not None:
         curves = replace(curves, similarity=_similarity(clip, run))
     judged = verdict(curves)
-    found = _copies(run, tuned_model(run), clip)
+    found, copied = _copies_if_possible(run, clip)
     page = run.tuning.output / "report.html"
     last = measured[-1].step
     steps = sorted({0, judged.best_step or last, last})
@@ -73,7 +79,7 @@ def finish(run: Run, planned: Plan, seconds: float) -> Finished:
         curves=curves,
         stages=tuple("before" if step == 0 else f"step {step}" for step in steps),
         samples=_stages(run, steps),
-        copies=() if found.check is None else found.check.sentences,
+        copies=copied,
         pairs=_pairs(found),
         settings=_settings(run),
         costs={"time": duration(seconds), "memory": f"{peak_memory(run.base.device) / 2**30:.1f} GiB at the peak",
@@ -81,7 +87,7 @@ def finish(run: Run, planned: Plan, seconds: float) -> Finished:
         left_out=run.left_out,
     )  # fmt: skip
     write_report(page, report)
-    return Finished(result_path(run.tuning), judged, found.check, page)
+    return Finished(result_path(run.tuning), judged, found.check, copied, page)
 
 
 def _stages(run: Run, steps: Sequence[int]) -> tuple[Samples, ...]:
@@ -166,6 +172,19 @@ class _Copies:
     samples: tuple[Image.Image, ...]
     train: tuple[Prepared, ...]
     check: CopyCheck | None
+
+
+def _copies_if_possible(run: Run, clip: CLIP | None) -> tuple[_Copies, tuple[str, ...]]:
+    """The copy check, and it in words. Where drawing fails or memory runs out it is left out, and they say why: the
+    verdict of a run of hours does not hang on it."""
+    try:
+        found = _copies(run, tuned_model(run), clip)
+    except (LdmError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, LdmError) and not is_out_of_memory(error):
+            raise
+        why = str(error) if isinstance(error, LdmError) else "memory ran out"
+        return _Copies((), (), None), (f"Whether samples are copies was not looked at, as drawing them failed: {why}",)
+    return found, () if found.check is None else found.check.sentences
 
 
 def _copies(run: Run, model: LatentDiffusion, clip: CLIP | None) -> _Copies:
