@@ -54,25 +54,29 @@ def losses(objective: TuneObjective, pictures: Sequence[int], captions: Sequence
 
 
 def _losses(objective: TuneObjective, number: int, caption: str, draws: int) -> Tensor:
-    """Of one picture, (T,): one batch of all timesteps and draws."""
+    """Of one picture, (T,): all timesteps and draws, in batches as large as training has them, which fit in memory."""
     picture, steps = objective.pictures[number], timesteps(objective).repeat_interleave(draws)
     view = picture.view(0)
-    latents = view["latent"].float().expand(len(steps), *view["latent"].shape)
     generator = torch.Generator().manual_seed(number)
-    batch = {
-        "latents": latents,
-        "noise": torch.randn(latents.shape, generator=generator),
-        "timestep": steps,
-        "weight": torch.ones(len(steps)),
-        **{name: view[name].float().expand(len(steps), *view[name].shape) for name in ("mask",) if name in view},
-        **objective.captions.batch([caption] * len(steps), [picture.views[0].crop] * len(steps)),
-    }
-    if objective.control is not None:
-        batch["hint"] = (view["hint"].float() / 255).expand(len(steps), *view["hint"].shape)
-    device = objective.model.device
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    with objective.lower_precision():
-        return objective.loss(batch).float().cpu().view(len(SHARES), draws).mean(dim=1)
+    noise = torch.randn(len(steps), *view["latent"].shape, generator=generator)
+    parts = []
+    for some, shown in zip(steps.split(objective.epochs.batch), noise.split(objective.epochs.batch), strict=True):
+        rows = len(some)
+        held = {name: view[name].float().expand(rows, *view[name].shape) for name in ("mask",) if name in view}
+        if objective.control is not None:
+            held["hint"] = (view["hint"].float() / 255).expand(rows, *view["hint"].shape)
+        batch = {
+            "latents": view["latent"].float().expand(shown.shape),
+            "noise": shown,
+            "timestep": some,
+            "weight": torch.ones(rows),
+            **held,
+            **objective.captions.batch([caption] * rows, [picture.views[0].crop] * rows),
+        }
+        batch = {name: tensor.to(objective.model.device) for name, tensor in batch.items()}
+        with objective.lower_precision():
+            parts.append(objective.loss(batch).float().cpu())
+    return torch.cat(parts).view(len(SHARES), draws).mean(dim=1)
 
 
 @dataclass(frozen=True, eq=False)
