@@ -75,11 +75,10 @@ def prepare_run(
     with first_rank_first():
         trained = trained_of(base, tuning)
         pictures, left_out = _prepared(tuning, found, base, cache, seen)
-        own = [i for i, picture in enumerate(pictures) if not picture.example.regular]
-        if not own:
+        if all(picture.example.regular for picture in pictures):
             why = f", as {left_out[0]}" if left_out else ""
             raise LdmError(f"{tuning.pictures}: no picture is left to train on{why}")
-        held_out = tuple(own[i] for i in held_out_numbers(len(own), tuning.held_out, tuning.seed))
+        held_out, notes = _held_out(pictures, tuning)
         kept = tuple(i for i in range(len(pictures)) if i not in held_out)
         examples = [picture.example for picture in pictures]
         with_text = tuning.text or tuning.method == "embedding"
@@ -109,7 +108,7 @@ def prepare_run(
     objective.to(base.device)
     numbers = tuple(range(len(chosen))), tuple(range(len(chosen), len(pictures)))
     samples = samples_for(tuning, trained, [objective.pictures[i] for i in numbers[1] or numbers[0]])
-    return Run(tuning, loop, base, trained, objective, *numbers, left_out, found.notes, samples)
+    return Run(tuning, loop, base, trained, objective, *numbers, left_out, (*found.notes, *notes), samples)
 
 
 def tune(run: Run, progress: Callable[[Progress], None] | None = None) -> list[Measured]:
@@ -195,6 +194,22 @@ def _prepared(
         pictures = [p for p in pictures if p.example.hint is not None]
         left_out += [f"{name}: has no hint, the picture that a control network looks at" for name in bare]
     return pictures, tuple(left_out)
+
+
+def _held_out(pictures: Sequence[Prepared], tuning: Tuning) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Numbers of the pictures that are only measured on; and a note where a picture is there twice.
+
+    Equal files stay on one side: a picture that is trained on too would tell nothing.
+    """
+    same: dict[str, list[int]] = {}
+    for number, picture in enumerate(pictures):
+        if not picture.example.regular:
+            same.setdefault(picture.content, []).append(number)
+    groups = list(same.values())
+    chosen = held_out_numbers(len(groups), tuning.held_out, tuning.seed)
+    more = sum(map(len, groups)) - len(groups)
+    notes = (f"pictures that are there already, under another name: {more}; ldm check names them",) if more else ()
+    return tuple(sorted(number for group in chosen for number in groups[group])), notes
 
 
 def _facts(
