@@ -39,7 +39,7 @@ def _unused(model: LatentDiffusion, request: GenerateRequest) -> Iterator[str]:
         "original_size": any(one.config.sizes_in_vector for one in models),
         "crop": any(one.config.sizes_in_vector for one in models),
         "upscale_noise": model.config.unet.classes is not None,
-        "merge_tokens": any(finest_transformers(one.unet) for one in models),
+        "merge_tokens": request.merge_tokens == 0 or any(finest_transformers(one.unet) for one in models),
     }
     for name, used in use.items():
         if not used and getattr(request, name) != GenerateRequest.model_fields[name].default:
