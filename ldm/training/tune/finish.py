@@ -20,6 +20,7 @@ from ldm.evaluation.copies import CopyCheck, Places, check_copies
 from ldm.evaluation.verdict import Verdict, verdict
 from ldm.pipeline.clip import CLIP
 from ldm.pipeline.device import is_out_of_memory
+from ldm.pipeline.first_stage import encode
 from ldm.pipeline.images import LARGE_BYTES, read_shrunk, to_tensor
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import load
@@ -219,8 +220,7 @@ def _places(pictures: Sequence[Prepared], clip: CLIP | None) -> Places:
 
 @torch.no_grad()
 def _latent(model: LatentDiffusion, image: Image.Image) -> Tensor:
-    weight = next(model.autoencoder.parameters())
-    return model.autoencoder.encode(to_tensor(image)[None].to(weight)).float().cpu()
+    return encode(model.autoencoder, to_tensor(image)[None]).cpu()
 
 
 def _shown(picture: Prepared) -> Image.Image:

@@ -24,6 +24,7 @@ from ldm.data.look import upright_size
 from ldm.errors import LdmError
 from ldm.models.pixel_blocks import FirstStage
 from ldm.pipeline.control import edges
+from ldm.pipeline.first_stage import encode
 from ldm.pipeline.images import LARGE_BYTES, read_mask, read_picture, read_shrunk, to_tensor
 from ldm.training.tune.cache import Cache, CacheError, Key
 
@@ -161,8 +162,7 @@ def _encoded(example: Example, view: View, autoencoder: FirstStage, *, canny: bo
 
     image = cut(read_shrunk(example.image.read(LARGE_BYTES)), view.crop)
     pixels = turned(to_tensor(image))
-    weight = next(autoencoder.parameters())
-    latent = autoencoder.encode(pixels[None].to(weight))[0].float().cpu()
+    latent = encode(autoencoder, pixels[None])[0].cpu()
     if not latent.isfinite().all():
         raise LdmError(f"{example.name}: its latent is not finite; use --dtype float32, or remove the picture")
     tensors = {"latent": latent}

@@ -56,6 +56,18 @@ def test_a_latent_is_the_autoencoders_and_the_mirrored_one_of_the_mirrored_pictu
     assert [one.drawn(u) for u in (0.0, 0.49, 0.5, 0.999)] == [0, 0, 1, 1]
 
 
+def test_where_memory_runs_out_it_is_encoded_in_tiles(tmp_path, monkeypatch):
+    picture = example(tmp_path / "a.png")
+    expected = encoded(Image.open(tmp_path / "a.png"))
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(type(MODEL.autoencoder), "encode", fail)
+    (one,) = prepared([picture], tmp_path)
+    assert torch.allclose(one.view(0)["latent"], expected, atol=1e-5)
+
+
 def test_masks_and_hints_are_cut_like_their_picture(tmp_path):
     half = np.zeros((64, 128, 3), dtype=np.uint8)
     half[:, 64:] = 255
