@@ -77,6 +77,9 @@ class Model:
     """Compile the networks' blocks, for GPUs: the first step takes longer, and pictures differ by rounding."""
     prediction: Literal["auto", "eps", "v", "x0", "probe"] = "auto"
     """What the U-Net says: noise, velocity or picture. auto reads it off the file, probe tries an SD 2.x file."""
+    offload: Literal["auto", "none", "parts", "blocks"] = "auto"
+    """What waits in the machine's memory while a GPU does not use it: nothing, whole networks, or all but one block of
+    the U-Net. auto: as little as has to."""
     vae_tile: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
     """Encode and decode in tiles of this side: the same picture with less memory. By default where it must be."""
 

@@ -43,7 +43,7 @@ def generate(command: TaskCommand) -> None:
             depth = _estimated(command.depth_model, picture(command.image))
             groups = {key: [request.changed(depth=depth) for request in group] for key, group in groups.items()}
         given = with_decoder(command.model) if isinstance(command, Variations) else command.model
-        plain = load_plain(given, watch, command.details)
+        plain = load_plain(given, watch, command.details, largest(requests))
         task = _task_of(command)
         for rule in plain.origin.rules if command.output.verbose else ():
             to_stderr(f"model: {rule}")
@@ -78,6 +78,17 @@ def with_their_adapters(
     return groups, read_files((one for key in groups for one in key), allow_pickle=model.allow_pickle)
 
 
+def largest(requests: list[GenerateRequest]) -> tuple[int, int] | None:
+    """(width, height) of the largest picture that is asked for; None where none says its size."""
+    sizes = [
+        (round(request.width * scale), round(request.height * scale))
+        for request in requests
+        if request.width is not None and request.height is not None
+        for scale in (1.0 if request.highres is None else request.highres.scale,)
+    ]
+    return max(sizes, key=lambda size: size[0] * size[1], default=None)
+
+
 def adapted(model: LatentDiffusion, wanted: tuple[Wanted, ...], adapters: dict[Path, Adapter]) -> LatentDiffusion:
     """The model with these adapters, of those that were read."""
     if not wanted:
@@ -105,13 +116,18 @@ def load_model(model: Model, watch: Stopwatch) -> LatentDiffusion:
     return loaded
 
 
-def load_plain(model: Model, watch: Stopwatch, details: Details | None = None) -> LatentDiffusion:
-    """Import torch and all that is ours, then load the model, without its adapters; its helpers are in `details`."""
+def load_plain(
+    model: Model, watch: Stopwatch, details: Details | None = None, size: tuple[int, int] | None = None
+) -> LatentDiffusion:
+    """Import torch and all that is ours, then load the model, without its adapters; its helpers are in `details`.
+
+    size: (width, height) of the pictures that are to fit into memory; None: the model's own
+    """
     import ldm.tasks  # noqa: F401 - for its time to count as imports
 
     watch.mark("imports")
     prior = None if details is None else details.asking.prior
-    loaded = _loaded(model if prior is None else with_decoder(model))
+    loaded = _loaded(model if prior is None else with_decoder(model), size)
     if prior is not None:
         loaded = loaded.with_prior(prior)
     if model.embedding:
@@ -126,16 +142,17 @@ def load_plain(model: Model, watch: Stopwatch, details: Details | None = None) -
             device=model.device,
             dtype=model.dtype,
             vae_tile=model.vae_tile,
+            offload=model.offload,
             compile=model.compile,
         )
-        loaded = loaded.with_refiner(_loaded(other))
+        loaded = loaded.with_refiner(_loaded(other, size))
     if model.compile:
         to_stderr("compiling: the first step takes longer")
     watch.mark("loading")
     return loaded
 
 
-def _loaded(model: Model) -> LatentDiffusion:
+def _loaded(model: Model, size: tuple[int, int] | None = None) -> LatentDiffusion:
     from ldm.pipeline.load import load
 
     loaded = load(
@@ -147,6 +164,8 @@ def _loaded(model: Model) -> LatentDiffusion:
         dtype=model.dtype,
         prediction=None if model.prediction == "auto" else model.prediction,
         vae_tile=model.vae_tile,
+        offload=model.offload,
+        size=size,
         allow_pickle=model.allow_pickle,
         models=model.models or None,
     )

@@ -220,7 +220,7 @@ def _base(command: Tune, tuning: Tuning, device: torch.device, precision: Precis
     """The model, in as few bytes as its method allows."""
     whole = not tuning.by_adapter and tuning.method in ("full", "dreambooth")
     dtype = torch.float32 if whole or device.type != "cuda" else DTYPES[precision]
-    return load(command.base, device=device, dtype=dtype, allow_pickle=command.allow_pickle)
+    return load(command.base, device=device, dtype=dtype, offload="none", allow_pickle=command.allow_pickle)
 
 
 def _plan_object(planned: Plan) -> dict[str, object]:

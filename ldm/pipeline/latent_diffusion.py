@@ -17,11 +17,13 @@ from torch import Tensor
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import NOISE_SCHEDULES, NoiseSchedule, zero_terminal_snr
 from ldm.errors import LdmError
+from ldm.layers.sharing import Network
 from ldm.models.compiled import Backend, BlockCompiler, check_compiler
 from ldm.models.controlnet import ControlNet
 from ldm.models.image_conditioner import ImageTokens
 from ldm.models.image_encoder import ImageTower
 from ldm.models.noise_augmentor import NoiseAugmentor
+from ldm.models.offloading import Anything, Offload, block_by_block, check_offload, here
 from ldm.models.pixel_blocks import FirstStage
 from ldm.models.presets import SystemConfig
 from ldm.models.text_encoder import TextStates, TextTower
@@ -87,6 +89,7 @@ class LatentDiffusion:
     prior:      see `with_prior`
     vae_tile:   the autoencoder works in tiles of this side, with the same result; None: where there is no other way
     compiler:   what compiled its networks, see `compiled`
+    offload:    what waits beside the device, see `offloaded`
     """
 
     config: SystemConfig
@@ -107,6 +110,7 @@ class LatentDiffusion:
     prior: PriorBeside | None = None
     vae_tile: int | None = None
     compiler: BlockCompiler | None = None
+    offload: Offload = "none"
 
     @cached_property
     def schedule(self) -> NoiseSchedule:
@@ -148,7 +152,7 @@ class LatentDiffusion:
         """
         roots = model_roots(models)
         base = self.with_adapters(()).unet  # or differences would keep what an adapter added
-        read = partial(read_control, base=base, device=self.device, dtype=self.dtype, allow_pickle=allow_pickle)
+        read = partial(read_control, base=base, device=self.home, dtype=self.dtype, allow_pickle=allow_pickle)
         networks = {name: read(locate("controlnet", path, roots)) for name, path in controls.items()}
         if self.compiler is not None:
             networks = {name: self.compiler.compiled(network) for name, network in networks.items()}
@@ -186,6 +190,8 @@ class LatentDiffusion:
         Every tensor is shared with this model. backend: as `torch.compile` takes it. Raises `LdmError` where inductor,
         the default, finds no C++ compiler.
         """
+        if self.offload == "blocks":
+            raise LdmError("compile: found offload blocks, whose weights come and go; take parts, or run without it")
         if backend == "inductor":
             check_compiler(self.device)
         compiler = BlockCompiler(backend)
@@ -197,9 +203,47 @@ class LatentDiffusion:
             compiler=compiler,
         )
 
+    def offloaded(self, offload: Offload) -> LatentDiffusion:
+        """A model whose networks wait in the machine's memory while they are not used; see `Offload` for the ways.
+
+        Pictures are the same, bit for bit. The device's memory is free when nothing refers to this model any more. With
+        "none" they come to the device, and stay. Raises `LdmError` on a CPU, beside which there is nowhere to wait, and
+        for the blocks of a compiled model.
+        """
+        check_offload(offload, self.device)
+        if offload == "blocks" and self.compiler is not None:
+            raise LdmError("offload blocks: the blocks of a compiled model must stay; take parts, or do not compile")
+        home = self.device if offload == "none" else torch.device("cpu")
+        return replace(
+            self,
+            offload=offload,
+            unet=here(self.unet, home),
+            autoencoder=here(self.autoencoder, home),
+            text=tuple(here(tower, home) for tower in self.text),
+            image=None if self.image is None else here(self.image, home),
+            augmentor=None if self.augmentor is None else here(self.augmentor, home),
+            image_tokens=None if self.image_tokens is None else here(self.image_tokens, home),
+            controls={name: here(network, home) for name, network in self.controls.items()},
+            originals={name: tensor.to(home) for name, tensor in self.originals.items()},
+            refiner=None if self.refiner is None else self.refiner.offloaded(offload),
+        )
+
+    @property
+    def home(self) -> torch.device:
+        """Where its networks are while they are not used."""
+        return next(self.unet.parameters()).device
+
+    def present(self, network: Anything) -> Anything:
+        """One of its networks on the device: for as long as the result is held, where it waits elsewhere."""
+        return here(network, self.device)
+
+    def denoising(self, network: Network) -> Network:
+        """The same for the U-Net and for ControlNets, whose blocks may come one at a time."""
+        return block_by_block(network, self.device) if self.offload == "blocks" else self.present(network)
+
     def denoiser(self) -> Denoiser:
-        """The U-Net as a function (x, sigma, cond) -> estimate of the clean latent."""
-        return Denoiser(self.unet, self.schedule, self.config.prediction)
+        """The U-Net as a function (x, sigma, cond) -> estimate of the clean latent; on the device while it is held."""
+        return Denoiser(self.denoising(self.unet), self.schedule, self.config.prediction)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(z, h, w) of a picture of width x height."""
@@ -243,7 +287,7 @@ class LatentDiffusion:
                 raise LdmError(f"clip_skip: found {clip_skip}, expected 1 to {use.tower.layers}, this model's layers")
             words, vectors = words_of(self.embeddings, index, use.tower.vocabulary)
             chunks = token_chunks(prompt, use.tower.tokens - 2, words, emphasis)[:MAX_CHUNKS]
-            said.append(encode_chunks(chunks, tower, use, skip, vectors, emphasis, self.device))
+            said.append(encode_chunks(chunks, self.present(tower), use, skip, vectors, emphasis, self.device))
         states = side_by_side(said)
         if not torch.isfinite(states.states).all():
             raise LdmError(
@@ -293,7 +337,7 @@ class LatentDiffusion:
 
         Raises `LdmError` where that is not finite.
         """
-        latent = encode(self.autoencoder, to_tensor(image)[None], self.vae_tile)
+        latent = encode(self.present(self.autoencoder), to_tensor(image)[None], self.vae_tile)
         if not torch.isfinite(latent).all():
             raise LdmError(
                 "autoencoder: the picture's latent is not finite; the file is damaged, or try --dtype float32"

@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm.diffusion.schedule import NOISE_SCHEDULES
 from ldm.errors import LdmError
 from ldm.layers.convolution import fastest_layout
+from ldm.models.offloading import Offload, check_offload, here
 from ldm.models.presets import Family, PredictionType, SystemConfig
 from ldm.models.tiled import check_tile
 from ldm.models.unet import UNet
@@ -65,6 +66,8 @@ def load(
     dtype: str | torch.dtype = "auto",
     prediction: PredictionType | Literal["probe"] | None = None,
     vae_tile: int | None = None,
+    offload: Offload | Literal["auto"] = "auto",
+    size: tuple[int, int] | None = None,
     allow_pickle: bool = False,
     models: Sequence[str | Path] | None = None,
 ) -> LatentDiffusion:
@@ -78,6 +81,9 @@ def load(
     prediction:   overrides what the file says of itself; "probe" runs an SD 2.x U-Net once to find out
     vae_tile:     the side of tiles, in positions, in which the autoencoder works, with the same result and less memory;
                   None: where it would not fit otherwise
+    offload:      what waits in the machine's memory while a GPU does not use it, see `Offload`; "auto": as little as
+                  has to for one picture to fit
+    size:         (width, height) of that picture; None: the model's own
     allow_pickle: whether .ckpt, .pt and .bin are read, by a reader that runs nothing that is in them
     models:       folders with model files, laid out as by other programs; None: those that `LDM_MODELS` lists
 
@@ -87,6 +93,7 @@ def load(
     place = choose_device(device)
     check_dtype(dtype, place)
     check_tile(vae_tile)
+    check_offload(offload, place)
     path, roots = shipped_model() if path is None else path, model_roots(models)
     source, rules = open_source(locate("checkpoint", path, roots), allow_pickle=allow_pickle), []
     if is_part(source):
@@ -110,9 +117,12 @@ def load(
     if not comparison.fits:
         raise _error(source, _misfit(comparison, config.family))
     precision = choose_precision(dtype, place, config.family)
-    fill(networks, source, place, precision)
+    if offload == "auto":
+        offload, why = _offload_for(config, source, place, precision, size or (config.size, config.size))
+        rules.extend([f"offload: {offload} ({why})"] if why else [])
+    fill(networks, source, place if offload == "none" else torch.device("cpu"), precision)
     if prediction == "probe":
-        config = replace(config, prediction=_probe(networks.unet, source))
+        config = replace(config, prediction=_probe(here(networks.unet, place), source))
         detection = replace(detection, config=config, prediction_rule="one step of its U-Net")
     return LatentDiffusion(
         config=config,
@@ -125,6 +135,7 @@ def load(
         device=place,
         dtype=precision.unet,
         vae_tile=vae_tile,
+        offload=offload,
         origin=Origin(
             path=source.path,
             rules=(*describe(detection), *rules, f"device: {place} ({precision})"),
@@ -132,6 +143,17 @@ def load(
             parts=tuple(others),
         ),
     )
+
+
+def _offload_for(
+    config: SystemConfig, source: Source, device: torch.device, precision: Precision, size: tuple[int, int]
+) -> tuple[Offload, str]:
+    """What has to wait beside a GPU for one picture of (width, height) to fit, and why."""
+    if device.type != "cuda":
+        return "none", ""
+    from ldm.pipeline.plan import Work, choose_offload
+
+    return choose_offload(Work(config, source.tensors, device, precision, *size))
 
 
 def _parts(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ldm.layers.sharing import copy_on, weights_of
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.offloading import OFFLOADS, Anything, Offload, block_by_block
 from ldm.models.presets import SystemConfig
 from ldm.models.tiled import decode_tiled
-from ldm.pipeline.device import Precision
-from ldm.pipeline.live_memory import live_memory
+from ldm.pipeline.device import Precision, available_memory
+from ldm.pipeline.live_memory import META, live_memory
 from ldm.pipeline.load import fill
 from ldm.types import Conditioning
 from ldm.weights.io import TORCH_DTYPES, WINDOW, StoredTensor, TensorInfo, in_groups
@@ -25,6 +27,9 @@ LOADING = 40 * 10**6
 RUNNING = 70 * 10**6
 """What loading and running take on a CPU besides tensors: pages of libraries that are then used for the first time, the
 kernels that oneDNN makes, the tokenizer's tables. Measured with torch 2.15; hardly any of it grows with a model."""
+
+FILLED = 0.9
+"""How much of a GPU's free memory may be planned with: its libraries want some, and the allocator leaves gaps."""
 
 KEPT_BACK = 64 * 2**20
 """What the C library's allocator keeps of freed tensors once a network has run: its largest trim threshold."""
@@ -47,6 +52,7 @@ class Work:
     guided:        whether the network is asked twice, in one batch
     from_picture:  whether a picture is encoded first
     vae_tile:      the side of tiles to decode in, None: whole
+    offload:       what waits beside the device
     """
 
     config: SystemConfig
@@ -59,6 +65,7 @@ class Work:
     guided: bool = True
     from_picture: bool = False
     vae_tile: int | None = None
+    offload: Offload = "none"
 
 
 def tensors_of(config: SystemConfig, dtype: str = "F16") -> dict[str, TensorInfo]:
@@ -76,28 +83,39 @@ def plan_drawing(work: Work) -> tuple[Phase, ...]:
     Counted is what the process holds more than before it loaded the model: on a GPU, of the GPU's memory.
     """
     phases: list[Phase] = []
-    networks = build(work.config)
+    networks, staying = build(work.config), 0
+    if on_gpu := work.device.type != "cpu":  # where the file's pages are not counted
+        with META:
+            fill(networks, _unread(work), META, work.precision)
+        each = networks.by_prefix().values() if work.offload == "none" else ()
+        staying = sum(tensor.nbytes for network in each for tensor in weights_of(network))
     with live_memory(work.device) as memory, torch.no_grad():
 
         def ended(name: str, besides: int = RUNNING + KEPT_BACK) -> None:
-            phases.append(Phase(name, memory.peak + (besides if work.device.type == "cpu" else 0)))
+            phases.append(Phase(name, staying + memory.peak + (0 if on_gpu else besides)))
             memory.restart()
 
-        fill(networks, _unread(work), work.device, work.precision)
+        if not on_gpu:
+            fill(networks, _unread(work), work.device, work.precision)
         ended("load", LOADING)
         cond = _told(networks, work)
         ended("text", RUNNING)
-        autoencoder, precision, f = networks.autoencoder, work.precision, work.config.autoencoder.downsampling
+        precision, f = work.precision, work.config.autoencoder.downsampling
         make = partial(torch.empty, device=work.device)
         if work.from_picture:
-            autoencoder.encode(make(1, 3, work.height, work.width, dtype=precision.autoencoder))
+            _present(networks.autoencoder, work).encode(
+                make(1, 3, work.height, work.width, dtype=precision.autoencoder)
+            )
             ended("encode")
         latents = make(work.batch, work.config.autoencoder.latent_channels, work.height // f, work.width // f)
         rows = len(latents) * (2 if work.guided else 1)
         x = latents.repeat(rows // len(latents), 1, 1, 1).to(precision.unet)
-        networks.unet(x, make(rows), cond.repeat(rows))
+        unet = block_by_block(networks.unet, work.device) if work.offload == "blocks" else _present(networks.unet, work)
+        unet(x, make(rows), cond.repeat(rows))
+        del unet
         ended("denoise")
         latent = latents[:1].to(precision.autoencoder)
+        autoencoder = _present(networks.autoencoder, work)
         if work.vae_tile is not None and isinstance(autoencoder, AutoencoderKL):
             pixels = decode_tiled(autoencoder, latent, work.vae_tile)
         else:
@@ -112,6 +130,34 @@ def peak(phases: Iterable[Phase]) -> int:
     return max(phase.peak for phase in phases)
 
 
+def choose_offload(work: Work) -> tuple[Offload, str]:
+    """The fastest way to draw that fits into what is free of a GPU's memory, and why it is taken, "" for the first.
+
+    On a CPU, where nothing is elsewhere, and where the system does not tell, it is "none".
+    """
+    free = available_memory(work.device)
+    if work.device.type != "cuda" or free is None or _plenty(work) <= FILLED * free:
+        return "none", ""
+    found, more = OFFLOADS[0], list[str]()
+    for found in OFFLOADS:
+        takes = peak(plan_drawing(replace(work, offload=found)))
+        if takes <= FILLED * free:
+            break
+        more.append(f"{found} takes {takes / 2**30:.1f} GiB")
+    return found, f"{', '.join(more)}; {free / 2**30:.1f} GiB are free" if more else ""
+
+
+def _plenty(work: Work) -> int:
+    """More bytes than drawing takes, for sure, and found at once: the weights twice, and room for the pixels."""
+    weights = sum(info.count for info in work.tensors.values()) * work.precision.unet.itemsize
+    return 2 * weights + 8192 * work.width * work.height * work.batch
+
+
+def _present(network: Anything, work: Work) -> Anything:
+    """A network where it is run."""
+    return network if work.offload == "none" or not isinstance(network, nn.Module) else copy_on(network, work.device)
+
+
 def _unread(work: Work) -> Source:
     """The file, with tensors that have no numbers."""
     return Source(Path(), work.tensors, {}, partial(_read, work.tensors))
@@ -124,7 +170,7 @@ def _told(networks: Networks, work: Work) -> Conditioning:
     states = []
     for tower, use in zip(networks.text, config.text, strict=True):
         ids = make(1, use.tower.tokens, dtype=torch.int64)
-        states.append(tower(ids, use.skip, use.final_norm, use.pooled).states)
+        states.append(_present(tower, work)(ids, use.skip, use.final_norm, use.pooled).states)
     unet = config.unet
     vector = None if unet.vector_width is None else make(1, unet.vector_width, dtype=dtype)
     extra = unet.in_channels - config.autoencoder.latent_channels

@@ -200,7 +200,7 @@ def as_trained(
         around = torch.zeros_like(mask).expand(-1, 3, -1, -1), mask
         notes = (*notes, "this is an inpainting model: all of the picture is masked")
     picture, mask = around
-    outside = encode(model.autoencoder, picture * (1 - mask), model.vae_tile)
+    outside = encode(model.present(model.autoencoder), picture * (1 - mask), model.vae_tile)
     cells = F.adaptive_max_pool2d(mask, outside.shape[2:]).to(outside)
     return partial(_with_channels, torch.cat([cells, outside], dim=1)), notes
 

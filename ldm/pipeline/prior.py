@@ -129,7 +129,9 @@ def imagined(model: LatentDiffusion, prompt: str, request: GenerateRequest) -> T
 def tell_words(model: LatentDiffusion, prompt: str, emphasis: Emphasis) -> Told:
     """What the model's prior is told of a prompt, or of what this says at one step: its plain words."""
     assert model.prior is not None
-    return tell(model.prior.network, model.text[0], model.config.text[0], [plain_words(prompt, emphasis)])
+    return tell(
+        model.prior.network, model.present(model.text[0]), model.config.text[0], [plain_words(prompt, emphasis)]
+    )
 
 
 def plain_words(prompt: str, emphasis: Emphasis = "a1111") -> str:

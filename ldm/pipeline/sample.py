@@ -11,20 +11,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ldm.diffusion.consistency import consistency
-from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Guidance, Projection, Told, guided
 from ldm.diffusion.noise import PerImageNoise, per_image_noise
 from ldm.diffusion.state import finish_state
 from ldm.errors import LdmError
 from ldm.models.feature_reuse import FeatureReuse
-from ldm.models.unet import merging_tokens
+from ldm.models.unet import UNet, merging_tokens
 from ldm.pipeline.control import Controlled, Hint, acted_on, prepare_hints
 from ldm.pipeline.device import is_out_of_memory
 from ldm.pipeline.embeddings import used_in
@@ -112,8 +111,9 @@ class Job:
 def run(model: LatentDiffusion, job: Job) -> Iterator[Progress | Picture]:
     """Draw the job's pictures, batch by batch; each batch yields its steps, then its pictures in order.
 
-    model: what a picture's metadata names. A batch that does not fit into memory is halved. Raises `LdmError` when one
-    picture does not, and when a step or a decoded picture is not finite.
+    model: what a picture's metadata names. A batch that does not fit into memory is halved; where one picture does not,
+    networks that wait elsewhere come block by block. Raises `LdmError` when it does not fit even so, and when a step or
+    a decoded picture is not finite.
     """
     stages = [_controlled(stage) for stage in job.stages]
     runs = [(stage.request, stage.steps) for stage in job.stages]
@@ -132,15 +132,32 @@ def run(model: LatentDiffusion, job: Job) -> Iterator[Progress | Picture]:
             if not is_out_of_memory(error):
                 raise
         # Outside of the handler, which keeps the failed batch's tensors alive.
-        if here == 1:
-            largest = max((stage.request for stage in job.stages), key=_pixels)
-            raise LdmError(
-                f"width x height: no memory left on {model.device} for one picture of"
-                f" {largest.width}x{largest.height}; make it smaller, or try --dtype bfloat16 or another --device"
-            )
-        size = here // 2
+        if here > 1:
+            size = here // 2
+        elif any(_can_come_in_blocks(stage) for stage, _ in stages):
+            stages = [(_in_blocks(stage) if _can_come_in_blocks(stage) else stage, hints) for stage, hints in stages]
+            job = replace(job, notes=(*job.notes, "offload blocks: with whole networks there was no memory left"))
+        else:
+            raise _too_large(model, max((stage.request for stage in job.stages), key=_pixels))
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _can_come_in_blocks(stage: Stage) -> bool:
+    """Whether the networks that denoise wait elsewhere, and come as a whole without having to."""
+    return stage.model.offload == "parts" and stage.model.compiler is None
+
+
+def _in_blocks(stage: Stage) -> Stage:
+    return replace(stage, model=replace(stage.model, offload="blocks"))
+
+
+def _too_large(model: LatentDiffusion, request: GenerateRequest) -> LdmError:
+    remedy = "--dtype bfloat16" if model.device.type == "cpu" or model.offload == "blocks" else "--offload blocks"
+    return LdmError(
+        f"width x height: no memory left on {model.device} for one picture of {request.width}x{request.height}; make it"
+        f" smaller, or try {remedy} or another --device"
+    )
 
 
 def batch_size(request: GenerateRequest) -> int:
@@ -153,15 +170,11 @@ def _pixels(request: GenerateRequest) -> int:
     return request.width * request.height
 
 
-def _controlled(stage: Stage) -> tuple[Stage, Denoiser]:
-    """The stage and what denoises, with the ControlNets that the request names, if any."""
-    denoiser = stage.model.denoiser()
+def _controlled(stage: Stage) -> tuple[Stage, tuple[Hint, ...]]:
+    """The stage, told of the ControlNets that its request names, if any, and these."""
     hints = prepare_hints(stage.model, stage.request, stage.sigmas)
-    if not hints:
-        return stage, denoiser
     heard = [(sigma, _hear(told, hints)) for sigma, told in stage.told]
-    network = Controlled(denoiser.network, hints)
-    return replace(stage, told=heard), replace(denoiser, network=network, dtype=stage.model.dtype)
+    return (replace(stage, told=heard) if hints else stage), hints
 
 
 def _hear(told: Told, hints: tuple[Hint, ...]) -> Told:
@@ -171,19 +184,19 @@ def _hear(told: Told, hints: tuple[Hint, ...]) -> Told:
 
 
 def _batch(
-    model: LatentDiffusion, stages: Sequence[tuple[Stage, Denoiser]], job: Job, first: int, count: int
+    model: LatentDiffusion, stages: Sequence[tuple[Stage, tuple[Hint, ...]]], job: Job, first: int, count: int
 ) -> Iterator[Progress | Picture]:
     """Pictures first ... first + count - 1: picture i depends on seed + i and not on its batch."""
     begun = time.perf_counter()
     total, done = sum(stage.steps for stage, _ in stages), 0
     yield Progress(first, count, 0, total)
     x, noise, ended = None, None, [begun]
-    for stage, denoiser in stages:
+    for stage, hints in stages:
         shape = _latent_shape(stage)
         if noise is None or noise.start.shape[1:] != shape:
             noise = _noise(job.request, shape, first, count, stage.model.device)
         x = stage.start(noise, x)
-        for step in denoise_steps(stage.request, _denoise(stage, denoiser, noise), x, stage.sigmas, noise):
+        for step in _steps(stage, hints, x, noise):
             x, done = step.x, done + 1
             ended.append(time.perf_counter())
             yield Progress(first, count, done, total, step)
@@ -192,10 +205,11 @@ def _batch(
     job = replace(job, notes=(*job.notes, *_warm_up(model, ended)))
     latents = finish_state(x, float(last.sigmas[-1]))
     share = (time.perf_counter() - begun) / count
+    autoencoder = last.model.present(last.model.autoencoder)
     for index in range(count):
         request = alone(job.request, first + index)
         begun = time.perf_counter()
-        pixels, notes = decode(last.model.autoencoder, latents[index : index + 1], last.model.vae_tile)
+        pixels, notes = decode(autoencoder, latents[index : index + 1], last.model.vae_tile)
         image = to_image(pixels[0])
         yield Picture(
             image=image if job.finish is None else job.finish(image),
@@ -276,26 +290,31 @@ def _latent_shape(stage: Stage) -> tuple[int, int, int]:
     return stage.model.latent_shape(stage.request.width, stage.request.height)
 
 
-def _denoise(stage: Stage, denoiser: Denoiser, noise: PerImageNoise) -> Denoise:
+def _steps(stage: Stage, hints: tuple[Hint, ...], x: Tensor, noise: PerImageNoise) -> Iterator[Step]:
+    """A stage's steps for a batch; what waits elsewhere, as `offloaded` says, is on the device until the last one."""
+    yield from denoise_steps(stage.request, _denoise(stage, hints, noise), x, stage.sigmas, noise)
+
+
+def _denoise(stage: Stage, hints: tuple[Hint, ...], noise: PerImageNoise) -> Denoise:
     """The stage's denoiser for a whole batch: guided, held to its mask, and made consistent where the sampler wants."""
-    count = len(noise.start)
-    if stage.request.reuse > 1 or stage.request.merge_tokens > 0:
-        denoiser = replace(denoiser, network=_cheaper(denoiser.network, stage), dtype=stage.model.dtype)
+    model, count = stage.model, len(noise.start)
+    denoiser = model.denoiser()
+    network = _cheaper(denoiser.network, stage.request)
+    if hints:
+        network = Controlled(network, tuple(replace(hint, network=model.denoising(hint.network)) for hint in hints))
+    denoiser = replace(denoiser, network=network, dtype=model.dtype)
     denoise = guided(denoiser, [(sigma, _repeated(told, count)) for sigma, told in stage.told], guidance_of(stage))
     if stage.hold is not None:
         denoise = stage.hold(denoise)
-    return consistency(denoise, stage.model.schedule) if stage.request.sampler == "lcm" else denoise
+    return consistency(denoise, model.schedule) if stage.request.sampler == "lcm" else denoise
 
 
-def _cheaper(network: Network, stage: Stage) -> Network:
-    """The network with merged tokens and a memory of its own for one batch; control networks stay as they are, and are
+def _cheaper(network: Network, request: GenerateRequest) -> Network:
+    """The U-Net with merged tokens and a memory of its own for one batch; control networks stay as they are, and are
     asked at every step."""
-    unet, request = stage.model.unet, stage.request
     if request.merge_tokens > 0:
-        unet = merging_tokens(unet, request.merge_tokens)
-    if request.reuse > 1:
-        unet = FeatureReuse(unet, request.reuse)
-    return replace(network, unet=unet) if isinstance(network, Controlled) else unet
+        network = merging_tokens(cast(UNet, network), request.merge_tokens)
+    return FeatureReuse(cast(UNet, network), request.reuse) if request.reuse > 1 else network
 
 
 def _repeated(told: Told, count: int) -> Told:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 def image_embedding(model: LatentDiffusion, picture: bytes) -> Tensor:
     """A picture file's bytes -> (1, P); see `LatentDiffusion.image_embedding`."""
     use, tower, _ = _parts(model)
+    tower = model.present(tower)
     embedding = tower(clip_pixels(read_picture(picture), tower.config).to(tower.proj))
     return in_scale(embedding) if use.unit else embedding
 
@@ -64,10 +65,10 @@ def noised_embedding(model: LatentDiffusion, embedding: Tensor, level: int, seed
     if embedding.ndim != 2 or embedding.shape[1] != width or not torch.isfinite(embedding).all():
         found = "numbers that are not finite" if embedding.shape[-1:] == (width,) else f"{tuple(embedding.shape)}"
         raise LdmError(f"embedding: found {found}, expected (1, {width}) as this model's image_embedding gives")
-    embedding = embedding.to(tower.proj)
+    embedding = embedding.to(device=model.device, dtype=tower.proj.dtype)
     noise = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(seed)).to(embedding)
     levels = torch.full((len(embedding),), level, device=embedding.device)
-    return augmentor(embedding, noise, levels, *cosine().alpha_sigma(levels))
+    return model.present(augmentor)(embedding, noise, levels, *cosine().alpha_sigma(levels))
 
 
 def told_image(model: LatentDiffusion, cond: Conditioning, seen: Tensor) -> Conditioning:
@@ -84,7 +85,8 @@ def told_image(model: LatentDiffusion, cond: Conditioning, seen: Tensor) -> Cond
     vector = torch.cat([cond.vector[:, : -seen.shape[1]], seen.to(cond.vector)], dim=1)
     if model.image_tokens is None:
         return cond.with_(vector=vector)
-    tokens = model.image_tokens(seen.to(model.image_tokens.proj.weight))
+    image_tokens = model.present(model.image_tokens)
+    tokens = image_tokens(seen.to(image_tokens.proj.weight))
     return cond.with_(vector=vector, cross=torch.cat([cond.cross[:, : -tokens.shape[1]], tokens.to(cond.cross)], dim=1))
 
 
@@ -95,7 +97,8 @@ def told_no_image(model: LatentDiffusion, cond: Conditioning) -> Conditioning:
     vector = nothing if cond.vector is None else torch.cat([cond.vector, nothing.to(cond.vector)], dim=1)
     if model.image_tokens is None:
         return cond.with_(vector=vector)
-    tokens = model.image_tokens(nothing.to(model.image_tokens.proj.weight))
+    image_tokens = model.present(model.image_tokens)
+    tokens = image_tokens(nothing.to(image_tokens.proj.weight))
     return cond.with_(vector=vector, cross=torch.cat([cond.cross, tokens.to(cond.cross)], dim=1))
 
 

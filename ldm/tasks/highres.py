@@ -65,5 +65,5 @@ def _larger(request: GenerateRequest) -> GenerateRequest:
 
 def _larger_picture(model: LatentDiffusion, latent: Tensor, size: tuple[int, int]) -> Tensor:
     """A latent (1, z, h, w) -> that of its picture at a (width, height), by Lanczos."""
-    pixels, _ = decode(model.autoencoder, latent, model.vae_tile)
+    pixels, _ = decode(model.present(model.autoencoder), latent, model.vae_tile)
     return model.latent_of(to_image(pixels[0]).resize(size, Image.Resampling.LANCZOS))
