@@ -473,10 +473,12 @@ class Plan:
     """Begin with a picture."""
     vae_tile: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
     """Decode in tiles of this side."""
+    offload: Literal["none", "parts", "blocks"] = "none"
+    """What waits in the machine's memory while a GPU does not use it: whole networks, or all but a block."""
     budget: Annotated[str | None, arg(metavar="SIZE", help_behavior_hint="")] = None
     """What it may take, as 6GB. By default what is free."""
     device: Annotated[str, arg(metavar="D")] = "auto"
-    """cpu, cuda, cuda:1, mps; auto is a CUDA GPU if there is one, else the CPU."""
+    """cpu, cuda (also where this machine has none), cuda:1, mps; auto is a CUDA GPU if there is one, else the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The precision of the networks."""
     allow_pickle: bool = False

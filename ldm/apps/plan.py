@@ -13,6 +13,7 @@ import torch
 from ldm.apps.fields import size_of
 from ldm.errors import LdmError
 from ldm.models import presets
+from ldm.models.offloading import OFFLOADS, check_offload
 from ldm.pipeline.device import available_memory, choose_device, choose_precision
 from ldm.pipeline.first_stage import TILE
 from ldm.pipeline.load import SHIPPED, shipped_model
@@ -27,6 +28,11 @@ from ldm.weights.source import open_source
 
 if TYPE_CHECKING:
     from ldm.apps.options import Plan
+
+OFFLOAD_COSTS = {
+    "parts": "the same picture; each network is copied to the GPU for each batch",
+    "blocks": "the same picture; the U-Net's weights are copied to the GPU at every step",
+}
 
 LAYOUTS = {"sd15": presets.sd1, "sd21": presets.sd2, "sdxl": presets.sdxl}
 
@@ -59,7 +65,8 @@ def work_of(command: Plan) -> tuple[Work, str]:
     """The flags as a piece of work, and the model's name. Raises LdmError for values that cannot be."""
     if command.preset is not None and command.file is not None:
         raise LdmError("model: found both --model and --preset, expected one of them")
-    device = choose_device(command.device)
+    device = _device_of(command.device)
+    check_offload(command.offload, device)
     if command.preset is not None:
         name, config = command.preset, LAYOUTS[command.preset]()
         tensors = tensors_of(config)
@@ -82,8 +89,16 @@ def work_of(command: Plan) -> tuple[Work, str]:
         guided=command.guidance != 1,
         from_picture=command.image,
         vae_tile=command.vae_tile,
+        offload=command.offload,
     )
     return work, name
+
+
+def _device_of(name: str) -> torch.device:
+    """The device that is meant, which may be a GPU that this machine has not: for that too it can be planned."""
+    if name == "cuda" and not torch.cuda.is_available():
+        return torch.device(name)
+    return choose_device(name)
 
 
 def bytes_of(text: str) -> int:
@@ -103,8 +118,11 @@ def others_than(work: Work) -> Iterator[Other]:
         yield Other(f"--dtype {str(half).removeprefix('torch.')}", cost, replace(work, precision=precision))
     if work.batch > 1:
         yield Other("--count 1", "pictures one after another, which takes a little longer", replace(work, batch=1))
+    gpu = work.device.type != "cpu"
+    for offload in OFFLOADS[OFFLOADS.index(work.offload) + 1 :] if gpu else ():
+        yield Other(f"--offload {offload}", OFFLOAD_COSTS[offload], replace(work, offload=offload))
     # On a GPU, where tiles hold still less, what waits beside it would be counted with it.
-    if work.vae_tile is None and work.device.type == "cpu" and max(work.width, work.height) > TILE:
+    if work.vae_tile is None and not gpu and max(work.width, work.height) > TILE:
         cost = "the same picture; decoding takes a little longer"
         yield Other(f"--vae-tile {TILE}", cost, replace(work, vae_tile=TILE))
     if work.guided:

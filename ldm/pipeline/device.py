@@ -86,9 +86,12 @@ def choose_precision(dtype: str | torch.dtype, device: torch.device, family: Fam
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16; one that has not computes in it all the same, but slowly."""
+    """Whether the device has instructions for bfloat16; one that has not computes in it all the same, but slowly.
+
+    A GPU that is not there, and only planned for, is taken for one of today.
+    """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return device.type == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
 
@@ -96,7 +99,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 def available_memory(device: torch.device) -> int | None:
     """How many bytes of its memory are free, on a CPU without swapping; None where the system does not tell."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else None
     if device.type == "cpu" and MEMORY.exists():
         found = re.search(r"^MemAvailable:\s*(\d+) kB", MEMORY.read_text(), re.MULTILINE)
         return None if found is None else int(found[1]) * 1024

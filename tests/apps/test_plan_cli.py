@@ -36,9 +36,25 @@ def test_a_full_layout_is_planned_without_its_weights(capsys):
     assert not any("bfloat16 " in line for line in lines[1:])
 
 
+def test_a_gpu_can_be_planned_for_where_there_is_none(capsys):
+    flags = ["plan", "--preset", "sdxl", "--device", "cuda", "--budget", "6GiB"]
+    assert main([*flags, "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    others = {other["flag"]: other for other in whole["others"]}
+    # 2.567 G, 0.818 G and 0.084 G numbers of two bytes stay on the GPU: the U-Net, two text towers, the autoencoder
+    assert 6.46 < whole["phases"]["load"] / 2**30 < 6.47 and not whole["fits"]
+    assert others["--offload parts"]["fits"] and others["--offload blocks"]["peak"] < 2 * 2**30
+    assert main([*flags, "--offload", "parts", "--json"]) == 0
+    parts = json.loads(capsys.readouterr().out)
+    assert parts["peak"] == others["--offload parts"]["peak"] == parts["phases"]["denoise"]
+    assert parts["phases"]["load"] == 0 and parts["fits"]
+    assert "--offload parts" not in {other["flag"] for other in parts["others"]}
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        (["--offload", "parts"], "offload parts: the model runs on the CPU"),
         (["--preset", "sd15", "--model", "x"], "found both"),
         (["--budget", "six"], "budget: found six, expected an amount of memory"),
         (["--size", "100"], "multiple of 8"),
