@@ -21,6 +21,11 @@ STRIDE = 2
 MOST = 1 - 1 / STRIDE**2
 """The largest share of tokens that can be merged: all sources."""
 
+AT_ONCE = 2**23
+"""Of so many pairs of a source and a destination the likeness is held at a time: 32 MiB."""
+
+WHOLE = 2.0**24
+
 
 @dataclass(frozen=True)
 class Merging:
@@ -44,9 +49,14 @@ class Matching:
     into: Tensor
 
     def merge(self, x: Tensor) -> Tensor:
-        """x (B, N, C) -> (B, N - R, C), a destination as the mean of itself and of all that goes into it."""
-        going = _at(x, self.merged)
-        return _at(x, self.kept).scatter_reduce(1, self.into[..., None].expand_as(going), going, reduce="mean")
+        """x (B, N, C) -> (B, N - R, C), a destination as the mean of itself and of all that goes into it.
+
+        Summed in steps of 2^-24 as whole numbers: a GPU adds in whatever order, which sums of these do not show.
+        """
+        kept = _whole(_at(x, self.kept))
+        sums = kept.scatter_add(1, self.into[..., None].expand(-1, -1, x.shape[2]), _whole(_at(x, self.merged)))
+        sizes = torch.ones_like(self.kept).scatter_add(1, self.into, torch.ones_like(self.into))
+        return (sums.float() / (sizes[..., None] * WHOLE)).to(x.dtype)
 
     def part(self, x: Tensor) -> Tensor:
         """x (B, N - R, C) -> (B, N, C): a token that went is given what its destination has."""
@@ -64,7 +74,10 @@ def match(x: Tensor, merging: Merging) -> Matching:
     order, left = is_destination.flatten().argsort(stable=True), n - rows * columns
     sources, destinations = order[:left], order[left:]
     unit = F.normalize(x.float(), dim=-1)
-    likeness, nearest = (unit[:, sources] @ unit[:, destinations].transpose(1, 2)).max(dim=-1)
+    there = unit[:, destinations].transpose(1, 2)
+    parts = sources.split(max(1, AT_ONCE // (b * max(1, there.shape[2]))))
+    found = [(unit[:, part] @ there).max(dim=-1) for part in parts]
+    likeness, nearest = (torch.cat(each, dim=1) for each in zip(*found, strict=True))
     by_likeness = likeness.argsort(dim=-1, descending=True, stable=True)
     count = min(left, int(merging.share * n))
     going, staying = by_likeness[:, :count], by_likeness[:, count:]
@@ -75,3 +88,8 @@ def match(x: Tensor, merging: Merging) -> Matching:
 def _at(x: Tensor, tokens: Tensor) -> Tensor:
     """Tokens (B, M) of x (B, N, C) -> (B, M, C)."""
     return x.gather(1, tokens[..., None].expand(-1, -1, x.shape[2]))
+
+
+def _whole(x: Tensor) -> Tensor:
+    """In steps of 1 / WHOLE, as whole numbers."""
+    return (x.float() * WHOLE).round().long()
