@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ldm.apps.progress import to_stderr
 from ldm.errors import LdmError, printable
-from ldm.evaluation.bench import Entry, Part, Plan, Tuning
+from ldm.evaluation.bench import Entry, MeasureTuning, Part, Plan
 from ldm.evaluation.bench import bench as measure
 from ldm.evaluation.bench_results import by_part, machine, save, versions
 from ldm.pipeline.device import choose_device
@@ -64,7 +64,7 @@ def plan_of(command: Bench) -> Plan:
     )
 
 
-def _tuning(plan: Plan) -> Tuning | None:
+def _tuning(plan: Plan) -> MeasureTuning | None:
     """What measures the part tune, which needs packages that nothing else here does."""
     if "tune" not in plan.parts:
         return None

@@ -155,6 +155,11 @@ def load_plain(
 def _loaded(model: Model, size: tuple[int, int] | None = None) -> LatentDiffusion:
     from ldm.pipeline.load import load
 
+    if model.compile:
+        from ldm.models.compiled import check_compiler
+        from ldm.pipeline.device import choose_device
+
+        check_compiler(choose_device(model.device))
     loaded = load(
         model.file,
         vae=model.vae,

@@ -55,6 +55,9 @@ PICTURES = ("decode", "picture")
 COMPILED = ("step", "picture")
 """The parts that a compiled model does otherwise."""
 
+BY_COMPILING = ", compiled"
+"""How the settings of such an entry end."""
+
 SIZELESS = ("text", "load")
 """The parts that are measured at one size: nothing, or hardly anything, in them depends on it."""
 
@@ -127,8 +130,12 @@ class Subject:
     note: str | None = None
 
 
+MeasureTuning = Callable[[Subject, int, int], Entry]
+"""(a subject, a size, how many times) -> the line of the part "tune"."""
+
+
 def bench(
-    plan: Plan, say: Say = lambda _: None, clock: Clock = time.perf_counter, tuning: Tuning | None = None
+    plan: Plan, say: Say = lambda _: None, clock: Clock = time.perf_counter, tuning: MeasureTuning | None = None
 ) -> Iterator[Entry]:
     """The lines of the table, each as soon as it is measured. say: told what is being done.
 
@@ -141,6 +148,8 @@ def bench(
         raise LdmError(
             f"bench: found {plan.runs} runs of {plan.steps} steps, expected at least one run and 1..1000 steps"
         )
+    if plan.compile and not any(part in COMPILED for part in plan.parts):
+        raise LdmError(f"compile: acts on {' and '.join(COMPILED)}; ask for one of these parts, or leave it out")
     with _subject(plan, say) as subject:
         sizes = plan.sizes or (subject.config.size,)
         works = [bench_ours.work_for(subject.config, size, plan.steps, subject.device) for size in sizes]
@@ -158,9 +167,6 @@ def bench(
                         yield tuning(subject, work.size, plan.runs)
                     case "step" | "decode" | "text" | "picture":
                         yield _in_process(part, subject, work, plan, clock)
-
-
-Tuning = Callable[[Subject, int, int], Entry]
 
 
 @contextmanager
@@ -211,8 +217,9 @@ def _in_process(part: InProcess, subject: Subject, work: Work, plan: Plan, clock
         warm_up = f"{part} {work.size}: ours is compiled, which took {max(0.0, first - second):.1f} s"
     if subject.folder is None:
         measured = in_turns({"ours": contestant}, runs)["ours"]
-        entry = Entry(part, work.size, runs, "s", median_seconds(measured), note=warm_up or subject.note)
-        return replace(_with_errors(entry, "", measured, exact), settings=_settings(subject, compiles=compiles))
+        entry = Entry(part, work.size, runs, "s", median_seconds(measured), note=subject.note)
+        entry = replace(entry, settings=_settings(subject, compiles=compiles), note=_joined(warm_up, subject.note))
+        return _with_errors(entry, "", measured, exact)
     their_exact = _output(theirs(PLAIN)())
     tried = bench_diffusers.settings(subject.device)
     if part == "text":  # there is nothing in it that could be channels-last
@@ -222,6 +229,10 @@ def _in_process(part: InProcess, subject: Subject, work: Work, plan: Plan, clock
     entry = _with_errors(entry, "", played.ours, exact)
     entry = _with_errors(entry, "theirs_", played.theirs_best, their_exact)
     return replace(entry, agreement=error(their_exact, exact).l2)
+
+
+def _joined(*notes: str | None) -> str | None:
+    return "; ".join(note for note in notes if note) or None
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,7 +280,7 @@ def _settings(
 ) -> dict[str, str | None]:
     precision = choose_precision("auto", torch.device(subject.device), subject.config.family)
     theirs = {"theirs_best": best, "theirs_default": default}
-    ours = f"{precision}, compiled" if compiles else str(precision)
+    ours = f"{precision}{BY_COMPILING}" if compiles else str(precision)
     return {"ours": ours, **{name: None if one is None else str(one) for name, one in theirs.items()}}
 
 

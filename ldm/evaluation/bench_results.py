@@ -18,7 +18,7 @@ import torch
 from ldm import __version__
 from ldm.errors import LdmError, printable
 from ldm.evaluation import bench_diffusers
-from ldm.evaluation.bench import Entry
+from ldm.evaluation.bench import BY_COMPILING, Entry
 from ldm.pipeline.device import multiplies_bfloat16
 from ldm.weights.atomic import replacing
 
@@ -71,10 +71,10 @@ def by_part(entries: Iterable[Entry]) -> dict[str, dict[str, Any]]:
 
 
 def save(folder: Path, model: str, device: str, entries: Iterable[Entry]) -> Path:
-    """Add the entries to this kind of machine's file, in place of what it has of the same model, part, size, threads.
+    """Add the entries to this kind of machine's file, in place of what it has of the same ones before.
 
-    Its keys: "machine" as `machine` says, and "results", by model and then by part, size and threads. Returns its path.
-    Raises LdmError where it is not such a file, or the folder cannot be written to.
+    Its keys: "machine" as `machine` says, and "results", by model and then by part, size, whether compiled, and threads.
+    Returns its path. Raises LdmError where it is not such a file, or the folder cannot be written to.
     """
     here = machine(device)
     told = (
@@ -89,7 +89,8 @@ def save(folder: Path, model: str, device: str, entries: Iterable[Entry]) -> Pat
     now = {"threads": torch.get_num_threads(), "date": datetime.now(UTC).strftime("%Y-%m-%d"), "versions": versions()}
     of_model = content["results"].setdefault(model, {})
     for entry in entries:
-        of_model[f"{entry.part} {entry.size}, {now['threads']} threads"] = as_json(entry) | now
+        how = BY_COMPILING if ((entry.settings or {}).get("ours") or "").endswith(BY_COMPILING) else ""
+        of_model[f"{entry.part} {entry.size}{how}, {now['threads']} threads"] = as_json(entry) | now
     with replacing(path) as file:
         file.write((json.dumps({"machine": here, "results": content["results"]}, indent=1) + "\n").encode())
     return path

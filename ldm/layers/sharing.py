@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,15 @@ Network = TypeVar("Network", bound=nn.Module)
 
 def shared_copy(network: Network) -> Network:
     """A network of the same modules that shares every parameter and buffer with the one given."""
-    return copy.deepcopy(network, {id(tensor): tensor for tensor in weights_of(network)})  # which copies none of these
+    return copy_with(network, {})
+
+
+def copy_with(network: Network, tensors: Mapping[str, Tensor]) -> Network:
+    """The same, but with these tensors, which take no gradient, in place of the parameters of their names."""
+    kept: dict[int, Any] = {id(tensor): tensor for tensor in weights_of(network)}
+    for name, tensor in tensors.items():
+        kept[id(network.get_parameter(name))] = nn.Parameter(tensor, requires_grad=False)
+    return copy.deepcopy(network, kept)  # which copies nothing that it finds in `kept`
 
 
 def copy_on(network: Network, device: torch.device) -> Network:

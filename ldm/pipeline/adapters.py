@@ -5,24 +5,21 @@ The old model is not touched, so taking an adapter off is using the old one, or 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.layers.convolution import fastest_layout
+from ldm.layers.sharing import Network, copy_with
 from ldm.weights.adapters.apply import Use, changed, plan
 from ldm.weights.adapters.read import Adapter
 from ldm.weights.layout import UNET, text_prefix
 
 if TYPE_CHECKING:
     from ldm.pipeline.latent_diffusion import LatentDiffusion
-
-Network = TypeVar("Network", bound=nn.Module)
 
 AdapterChoice = tuple[Adapter, float] | tuple[Adapter, float, float]
 """An adapter and its weight, or its weights for the U-Net and for the text towers; 1 is as it was trained."""
@@ -51,7 +48,7 @@ def with_adapters(model: LatentDiffusion, choices: Iterable[AdapterChoice]) -> L
     changes = plan(model.config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, uses)
     new = {name: tensors[name] for name in model.originals}
     new |= {name: fastest_layout(changed(tensors[name], those)) for name, those in changes.items()}
-    unet, *text = (_sharing(network, _under(new, prefix)) for prefix, network in networks.items())
+    unet, *text = (_with(network, _under(new, prefix)) for prefix, network in networks.items())
     return replace(
         model,
         unet=unet,
@@ -67,11 +64,6 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _sharing(network: Network, tensors: Mapping[str, Tensor]) -> Network:
+def _with(network: Network, tensors: Mapping[str, Tensor]) -> Network:
     """A copy of a network that holds these tensors and shares all others; the network itself where there are none."""
-    if not tensors:
-        return network
-    kept: dict[int, Any] = {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())}
-    for name, tensor in tensors.items():
-        kept[id(network.get_parameter(name))] = nn.Parameter(tensor, requires_grad=False)
-    return copy.deepcopy(network, kept)  # which copies nothing that it finds in `kept`
+    return copy_with(network, tensors) if tensors else network

@@ -190,7 +190,7 @@ def _batch(
     begun = time.perf_counter()
     total, done = sum(stage.steps for stage, _ in stages), 0
     yield Progress(first, count, 0, total)
-    x, noise, ended = None, None, [begun]
+    x, noise, took = None, None, list[float]()
     for stage, hints in stages:
         shape = _latent_shape(stage)
         if noise is None or noise.start.shape[1:] != shape:
@@ -198,13 +198,14 @@ def _batch(
         x = stage.start(noise, x)
         for step in _steps(stage, hints, x, noise):
             x, done = step.x, done + 1
-            ended.append(time.perf_counter())
+            took.append(time.perf_counter() - begun)
             yield Progress(first, count, done, total, step)
+            begun = time.perf_counter()
     assert x is not None
     last = stages[-1][0]
-    job = replace(job, notes=(*job.notes, *_warm_up(model, ended)))
+    job = replace(job, notes=(*job.notes, *_warm_up(model, took)))
     latents = finish_state(x, float(last.sigmas[-1]))
-    share = (time.perf_counter() - begun) / count
+    share = sum(took) / count
     autoencoder = last.model.present(last.model.autoencoder)
     for index in range(count):
         request = alone(job.request, first + index)
@@ -228,13 +229,10 @@ def _batch(
         )
 
 
-def _warm_up(model: LatentDiffusion, ended: Sequence[float]) -> Iterator[str]:
-    """A note on how long compiling took. ended: when the batch was begun, and when each of its steps was done."""
-    if model.compiler is None or len(ended) < 3:
-        return
-    first, second = ended[1] - ended[0], ended[2] - ended[1]
-    if first - second > LONG_WARM_UP:
-        yield f"compiled: the first step took {first - second:.0f} s longer than the second"
+def _warm_up(model: LatentDiffusion, took: Sequence[float]) -> Iterator[str]:
+    """A note on how long compiling took. took: the seconds of each step."""
+    if model.compiler is not None and len(took) > 1 and took[0] - took[1] > LONG_WARM_UP:
+        yield f"compiled: the first step took {took[0] - took[1]:.0f} s longer than the second"
 
 
 def _parts(model: LatentDiffusion, last: LatentDiffusion, request: GenerateRequest) -> tuple[OtherPart, ...]:

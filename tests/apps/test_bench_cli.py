@@ -82,9 +82,11 @@ def test_results_are_added_to_what_a_machines_file_has(tmp_path):
     path = save(tmp_path, "sd21", "cpu", [STEP, DECODE])
     assert save(tmp_path, "sdxl", "cpu", [STEP]) == path
     save(tmp_path, "sd21", "cpu", [Entry("step", 256, 5, "s", 0.25)])
+    save(tmp_path, "sd21", "cpu", [Entry("step", 256, 5, "s", 0.125, settings={"ours": "bf16, compiled"})])
     results = json.loads(path.read_text())["results"]
     threads = torch.get_num_threads()
     assert results["sd21"][f"step 256, {threads} threads"]["ours_s"] == 0.25
+    assert results["sd21"][f"step 256, compiled, {threads} threads"]["ours_s"] == 0.125
     assert results["sd21"][f"decode 256, {threads} threads"]["ours_s"] == 2.0
     assert results["sdxl"][f"step 256, {threads} threads"]["ours_s"] == 0.5
     assert [file.name for file in tmp_path.iterdir()] == [path.name]

@@ -291,4 +291,7 @@ def test_compiled_steps_are_measured_as_such(tiny_file, monkeypatch):
     assert len(made) == 1 and step.settings is not None and decode.settings is not None
     assert (step.settings["ours"] or "").endswith(", compiled") and "compiled" not in (decode.settings["ours"] or "")
     assert step.note is not None and "step 64: ours is compiled, which took" in step.note
+    assert "diffusers was left out" in step.note
+    with pytest.raises(LdmError, match="compile: acts on step and picture; ask for one"):
+        next(bench(replace(plan, parts=("decode",))))
     assert step.l2_error is not None and step.l2_error < 1e-5
