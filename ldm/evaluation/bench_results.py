@@ -73,7 +73,7 @@ def by_part(entries: Iterable[Entry]) -> dict[str, dict[str, Any]]:
 def save(folder: Path, model: str, device: str, entries: Iterable[Entry]) -> Path:
     """Add the entries to this kind of machine's file, in place of what it has of the same ones before.
 
-    Its keys: "machine" as `machine` says, and "results", by model and then by part, size, whether compiled, and threads.
+    Its keys: "machine" as `machine` says, and "results", by model, and then by part, size, way and threads.
     Returns its path. Raises LdmError where it is not such a file, or the folder cannot be written to.
     """
     here = machine(device)
