@@ -28,7 +28,7 @@ from ldm.training.engine.ema import EMA
 from ldm.training.engine.figures import Figures, append_figures, cut_figures, in_words, mean
 from ldm.training.engine.looking import evaluate, was_evaluated
 from ldm.training.engine.loop_config import LoopConfig, learning_rate
-from ldm.training.engine.objective import Batch, Draw, Objective, step_generator
+from ldm.training.engine.objective import Batch, Draw, Objective, learning, step_generator
 from ldm.training.engine.optimizers import optimizer_for, set_rate
 from ldm.training.engine.precision import resolved
 from ldm.training.engine.prefetch import ahead
@@ -74,7 +74,8 @@ def train(
     accelerator = Accelerator(
         mixed_precision=config.precision, gradient_accumulation_steps=config.accumulate, cpu=device.type == "cpu"
     )
-    with _held(output) if accelerator.is_main_process else nullcontext(), stop_signal() as stop:
+    held = _held(output) if accelerator.is_main_process else nullcontext()
+    with held, stop_signal() as stop, learning(objective):
         run = _run(objective, config, output, accelerator)
         start = resume(run)
         if run.first:
@@ -145,7 +146,6 @@ def _held(output: Path) -> AbstractContextManager[None]:
 
 def _run(objective: Objective, config: LoopConfig, output: Path, accelerator: Accelerator) -> Run:
     objective.to(accelerator.device)
-    objective.train()  # networks from a file are not; a run that goes on after a look is, and takes the same steps
     if config.compile:
         objective.compile()
     optimizer = optimizer_for(objective.groups(), config)

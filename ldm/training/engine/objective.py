@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,3 +58,15 @@ class Objective(nn.Module):
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:
         """Figures to keep, with the averaged weights in place; pictures may be written into the folder."""
         raise NotImplementedError
+
+
+@contextmanager
+def learning(objective: Objective) -> Iterator[None]:
+    """Within, every module is as training has it, with dropout; then each is as it was, for some are others' too."""
+    before = {module: module.training for module in objective.modules()}
+    objective.train()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training

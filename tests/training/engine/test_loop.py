@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,6 +70,24 @@ def test_a_failed_evaluation_is_told_and_changes_nothing(tmp_path: Path, caplog:
     assert all(torch.equal(average.weights[n], expected.weights[n]) for n in expected.weights)
     assert "step 10: its evaluation failed" in caplog.text
     assert "no picture today" in caplog.text
+
+
+@pytest.mark.parametrize("poison", [(), tuple(range(20))])
+def test_modules_are_left_as_they_were(tmp_path: Path, poison: tuple[int, ...]) -> None:
+    class Dropping(Line):
+        def __init__(self) -> None:
+            super().__init__(poison)
+            self.kept, self.dropped, self.modes = nn.Dropout(), nn.Dropout().eval(), set[tuple[bool, bool]]()
+
+        def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            self.modes.add((self.kept.training, self.dropped.training))
+            return super().forward(batch)
+
+    line = Dropping()
+    with pytest.raises(LdmError) if poison else nullcontext():
+        train(line, CONFIG, tmp_path)
+    assert line.modes == {(True, True)}
+    assert (line.training, line.kept.training, line.dropped.training) == (True, True, False)
 
 
 def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:

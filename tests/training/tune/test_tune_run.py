@@ -86,6 +86,7 @@ def test_the_file_draws_as_what_was_trained(name, folder, base):
     before = {key: tensor.clone() for key, tensor in base.unet.state_dict().items()}
     run = ready(tuning(folder, **METHODS[name]), base)
     measured = tune(run)
+    assert not any(module.training for module in base.unet.modules())  # it draws without dropout, as before
     assert [seen.step for seen in measured] == [0, 2, 4]
     planned = plan(run.objective, run.loop, run.kept, len(run.held_out), 1)
     ended = finish(run, planned, 1.0)
