@@ -88,7 +88,7 @@ def tune(command: Tune) -> None:
         if command.json:
             print(json.dumps(_object(ended)))
         else:
-            for line in (*ended.verdict.sentences, *ended.verdict.advice, *ended.copied):
+            for line in (*ended.verdict.sentences, *ended.verdict.advice, *ended.notes):
                 print(line)
             print(ended.file)
             print(ended.report)
@@ -239,4 +239,5 @@ def _object(ended: Finished) -> dict[str, object]:
         "captions": verdict.captions,
         "sentences": [*verdict.sentences, *verdict.advice],
         "copies": None if ended.copies is None else len(ended.copies.copies),
+        "notes": list(ended.notes),
     }

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from ldm.apps.cli import main
+from ldm.errors import LdmError
 from ldm.models.presets import sd1, small, tiny
 
 COLORS = ("red", "green", "blue", "white")
@@ -54,6 +55,17 @@ def test_a_lora_from_a_folder_and_again_to_go_on(folder, base, tmp_path, capsys)
     picture = tmp_path / "p.png"
     drawn = ["generate", "a red square", "--model", base, "--lora", told["file"], "-o", str(picture), "--steps", "1"]
     assert main(drawn) == 0 and picture.exists()
+
+
+def test_a_failed_check_for_copies_is_told_in_json_too(folder, base, tmp_path, monkeypatch, capsys):
+    def fail(_: object) -> None:
+        raise LdmError("the file is gone")
+
+    monkeypatch.setattr("ldm.training.tune.finish.tuned_model", fail)
+    assert main(["tune", str(folder), "--base", base, "-o", str(tmp_path / "out"), *SMALL, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["copies"] is None and told["outcome"]
+    assert told["notes"] == ["Whether samples are copies could not be looked at: the file is gone"]
 
 
 def test_dreambooth_draws_its_class_itself(folder, base, tmp_path, capsys):

@@ -6,9 +6,10 @@ The file that was written is read back as anybody would read it, so the samples 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -37,6 +38,8 @@ from ldm.training.tune.trained import CONTROL
 from ldm.weights.adapters.read import read_adapter
 from ldm.weights.embeddings import read_embeddings
 
+Found = TypeVar("Found")
+
 COPIED = 16
 """So many samples are drawn from training captions and looked up among the training pictures."""
 
@@ -49,13 +52,14 @@ class Finished:
     """A run's end.
 
     file: what was written; report: the page
-    copies: None where too few pictures are of one size, or the check failed; copied: the same in words
+    copies: None where too few pictures are of one size, or the check failed
+    notes: what the check found, in sentences, and what could not be looked at, and why
     """
 
     file: Path
     verdict: Verdict
     copies: CopyCheck | None
-    copied: tuple[str, ...]
+    notes: tuple[str, ...]
     report: Path
 
 
@@ -64,13 +68,15 @@ def finish(run: Run, planned: Plan, seconds: float) -> Finished:
 
     seconds: what the training took
     """
-    clip = _clip(run)
+    missed: list[str] = []
+    clip, similarity = _tried("What CLIP says of captions", lambda: _by_clip(run), missed) or (None, None)
     measured = load_measured(run.tuning.output, run.loop.steps)
-    curves = curves_of(run, measured)
-    if clip is not None:
-        curves = replace(curves, similarity=_similarity(clip, run))
+    curves = replace(curves_of(run, measured), similarity=similarity)
     judged = verdict(curves)
-    found, copied = _copies_if_possible(run, clip)
+    found = _tried("Whether samples are copies", lambda: _copies(run, tuned_model(run), clip), missed)
+    check = None if found is None else found.check
+    pairs = () if found is None else _tried("The pictures nearest to samples", lambda: _pairs(found), missed) or ()
+    notes = (*(() if check is None else check.sentences), *missed)
     page = run.tuning.output / "report.html"
     last = measured[-1].step
     steps = sorted({0, judged.best_step or last, last})
@@ -80,15 +86,28 @@ def finish(run: Run, planned: Plan, seconds: float) -> Finished:
         curves=curves,
         stages=tuple("before" if step == 0 else f"step {step}" for step in steps),
         samples=_stages(run, steps),
-        copies=copied,
-        pairs=_pairs(found),
+        notes=notes,
+        pairs=pairs,
         settings=_settings(run),
         costs={"time": duration(seconds), "memory": f"{peak_memory(run.base.device) / 2**30:.1f} GiB at the peak",
                "planned": planned.lines()[-1]},
         left_out=run.left_out,
     )  # fmt: skip
     write_report(page, report)
-    return Finished(result_path(run.tuning), judged, found.check, copied, page)
+    return Finished(result_path(run.tuning), judged, check, notes, page)
+
+
+def _tried(what: str, look: Callable[[], Found], missed: list[str]) -> Found | None:
+    """What is found; None where that fails or memory runs out, and then `missed` is told why: the verdict of a run of
+    hours does not hang on it."""
+    try:
+        return look()
+    except (LdmError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, LdmError) and not is_out_of_memory(error):
+            raise
+        why = str(error) if isinstance(error, LdmError) else "memory ran out"
+        missed.append(f"{what} could not be looked at: {why}")
+        return None
 
 
 def _stages(run: Run, steps: Sequence[int]) -> tuple[Samples, ...]:
@@ -151,19 +170,19 @@ def tuned_model(run: Run) -> LatentDiffusion:
     return load(path, device=base.device, dtype=base.dtype)
 
 
-def _clip(run: Run) -> CLIP | None:
-    """The CLIP in the base model's file, where there is one."""
+def _by_clip(run: Run) -> tuple[CLIP, Tensor] | None:
+    """The CLIP in the base model's file, where there is one, and its cosines of pictures (rows) with captions
+    (columns), of as many as tell something."""
+    path = run.base.origin.path
+    if path is None:
+        return None
     try:
-        return None if run.base.origin.path is None else load_clip(run.base.origin.path, device=run.base.device)
+        clip = load_clip(path, device=run.base.device)
     except LdmError:
         return None
-
-
-def _similarity(clip: CLIP, run: Run) -> Tensor:
-    """The cosines of pictures (rows) with captions (columns), of as many as tell something."""
     pictures = [p for p in run.objective.pictures if not p.example.regular][:128]
     vectors = clip.image_vectors([_shown(picture) for picture in pictures])
-    return (vectors @ clip.text_vectors([picture.caption for picture in pictures]).T).float().cpu()
+    return clip, (vectors @ clip.text_vectors([picture.caption for picture in pictures]).T).float().cpu()
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,19 +192,6 @@ class _Copies:
     samples: tuple[Image.Image, ...]
     train: tuple[Prepared, ...]
     check: CopyCheck | None
-
-
-def _copies_if_possible(run: Run, clip: CLIP | None) -> tuple[_Copies, tuple[str, ...]]:
-    """The copy check, and it in words. Where drawing fails or memory runs out it is left out, and they say why: the
-    verdict of a run of hours does not hang on it."""
-    try:
-        found = _copies(run, tuned_model(run), clip)
-    except (LdmError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, LdmError) and not is_out_of_memory(error):
-            raise
-        why = str(error) if isinstance(error, LdmError) else "memory ran out"
-        return _Copies((), (), None), (f"Whether samples are copies was not looked at, as drawing them failed: {why}",)
-    return found, () if found.check is None else found.check.sentences
 
 
 def _copies(run: Run, model: LatentDiffusion, clip: CLIP | None) -> _Copies:

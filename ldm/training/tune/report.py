@@ -59,7 +59,7 @@ class Report:
     """All that the page shows.
 
     stages:   when samples were drawn ("before", "step 500", "after"), as many as each of `samples` has pictures
-    copies:   what the copy check found, in sentences; pairs: the nearest ones, side by side
+    notes:    what else is to be said of the result, in sentences; pairs: samples and the pictures nearest to them
     settings: of the run; costs: time and memory; left_out: what of the data was not used, and why
     """
 
@@ -68,7 +68,7 @@ class Report:
     curves: Curves
     stages: tuple[str, ...] = ()
     samples: tuple[Samples, ...] = ()
-    copies: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     pairs: tuple[Pair, ...] = ()
     settings: Mapping[str, str] | None = None
     costs: Mapping[str, str] | None = None

@@ -85,7 +85,7 @@ def report(text: str = "a cat", held_out: int = 6) -> Report:
         curves=measured,
         stages=("before", text, "after"),
         samples=(Samples(text, (red, None, blue)), Samples("", (blue, blue, blue))),
-        copies=(text,),
+        notes=(text,),
         pairs=(Pair(text, red, blue),),
         settings={"rank": "16", text: text},
         costs={"training": "3 min"},
@@ -119,7 +119,7 @@ def test_hostile_names_are_shown_as_text(tmp_path: Path):
         "</p><script>alert('1')</script><img src=http://x.example/a.png onerror=alert(2)>\\x1b[2J\\udc80\\u202e&quot;"
     )
     words = "".join(page.words)
-    # title twice; the caption; a stage, of two rows; copies; a pair; a setting's name and value; left out
+    # title twice; the caption; a stage, of two rows; notes; a pair; a setting's name and value; left out
     assert words.count(shown) == 10
     assert not {"\x1b", "\u202e"} & set(text)
 
@@ -128,7 +128,7 @@ def test_it_holds_what_it_was_given(tmp_path: Path):
     shown = report()
     text, page = written(tmp_path / "report.html", shown)
     words = "".join(page.words)
-    for sentence in (*shown.verdict.sentences, *shown.verdict.advice, *shown.copies, *shown.left_out):
+    for sentence in (*shown.verdict.sentences, *shown.verdict.advice, *shown.notes, *shown.left_out):
         assert sentence in words
     assert shown.verdict.outcome in words and "3 min" in words and "rank" in words and "(no caption)" in words
     images = page.images()
