@@ -5,12 +5,29 @@ Shapes: B batch, N tokens, D width, C channels, h and w latent height and width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Context:
+    """Text states that are looked at again and again, with what every attention has made of them.
+
+    states: (B, N, D)
+    """
+
+    def __init__(self, states: Tensor) -> None:
+        self.states = states
+        self._made: dict[Hashable, tuple[Tensor, Tensor]] = {}
+
+    def made_by(self, attention: Hashable, make: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Its keys and values, of (B, N, D'), by `make` when they are asked for first."""
+        if attention not in self._made:
+            self._made[attention] = make(self.states)
+        return self._made[attention]
 
 
 @dataclass(frozen=True)
@@ -24,6 +41,7 @@ class Conditioning:
     controlled: (B, K) bool, which of K control networks are to act on each row; for what wraps a U-Net
     perturbed: (B,) bool, in which rows the self-attention in the middle of the U-Net looks nowhere but at itself
     words: (B, N) bool, which tokens of `cross` are text and not padding, for a network that tells them apart
+    context: `cross` again, for a network that is asked about it more than once; goes with it when `cross` is changed
     """
 
     cross: Tensor | None = None
@@ -33,17 +51,23 @@ class Conditioning:
     controlled: Tensor | None = None
     perturbed: Tensor | None = None
     words: Tensor | None = None
+    context: Context | None = None
+
+    @property
+    def shown(self) -> Tensor | Context | None:
+        """What cross-attention looks at."""
+        return self.cross if self.context is None else self.context
 
     @property
     def row_shapes(self) -> tuple[object, ...]:
         """The shape of a row of each part, None where it is not given: what must agree for `stack`."""
-        one = [getattr(self, f.name) for f in fields(self) if f.name != "control"]
+        one = [getattr(self, f.name) for f in fields(self) if f.name not in ("control", "context")]
         return (*(None if t is None else t.shape[1:] for t in one), *(t.shape[1:] for t in self.control))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
-        """Apply `function` to every tensor held."""
-        one = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "control"}
-        mapped = {name: None if value is None else function(value) for name, value in one.items()}
+        """Apply `function` to every tensor held; a `context` is left behind."""
+        one = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("control", "context")}
+        mapped: dict[str, Any] = {name: None if value is None else function(value) for name, value in one.items()}
         return Conditioning(**mapped, control=tuple(function(c) for c in self.control))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
@@ -58,9 +82,9 @@ class Conditioning:
         """Each row `times` times in a row: (B, ...) -> (B * times, ...)."""
         return self.map(lambda t: t.repeat_interleave(times, dim=0))
 
-    def with_(self, **parts: Tensor | tuple[Tensor, ...] | None) -> Conditioning:
+    def with_(self, **parts: Tensor | tuple[Tensor, ...] | Context | None) -> Conditioning:
         """A copy with some parts replaced."""
-        return replace(self, **parts)
+        return replace(self, **({"context": None} if "cross" in parts else {}) | parts)
 
     @staticmethod
     def stack(parts: Sequence[Conditioning]) -> Conditioning:

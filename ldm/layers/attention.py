@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.errors import LdmError
 from ldm.layers import cpu_products
+from ldm.types import Context
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,12 +94,17 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_width or width, width, bias=False)
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
-    def forward(self, x: Tensor, context: Tensor | None = None, perturbed: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | Context | None = None, perturbed: Tensor | None = None) -> Tensor:
         """x (B, N, D), context (B, M, context_width), perturbed (B,) bool, see `perturb` -> (B, N, D)."""
-        context = x if context is None else context
-        values = self.to_v(context)
-        out = attend(self.to_q(x), self.to_k(context), values, self.heads)
+        if isinstance(context, Context):
+            keys, values = context.made_by(self, self._keys_and_values)
+        else:
+            keys, values = self._keys_and_values(x if context is None else context)
+        out = attend(self.to_q(x), keys, values, self.heads)
         return self.to_out(perturb(out, values, perturbed))
+
+    def _keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        return self.to_k(context), self.to_v(context)
 
 
 class AttentionBlock(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ldm.layers.attention import CrossAttention
 from ldm.layers.token_merging import Merging, match
+from ldm.types import Context
 
 
 class GEGLU(nn.Module):
@@ -54,7 +55,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
 
     def forward(
-        self, x: Tensor, context: Tensor, perturbed: Tensor | None = None, merging: Merging | None = None
+        self, x: Tensor, context: Tensor | Context, perturbed: Tensor | None = None, merging: Merging | None = None
     ) -> Tensor:
         """x (B, N, width), context (B, M, D), rows (B,) of perturbed self-attention -> (B, N, width).
 
@@ -89,7 +90,7 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor, perturbed: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | Context, perturbed: Tensor | None = None) -> Tensor:
         """x (B, C, h, w), context (B, M, D), rows (B,) of perturbed self-attention -> (B, C, h, w)."""
         b, c, h, w = x.shape
         hidden = self.norm(x)

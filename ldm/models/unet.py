@@ -17,7 +17,7 @@ from ldm.layers.convolution import Downsample, ResBlock, Upsample, fastest_layou
 from ldm.layers.embeddings import sinusoidal_embedding
 from ldm.layers.sharing import shared_copy
 from ldm.layers.transformer import SpatialTransformer
-from ldm.types import Conditioning
+from ldm.types import Conditioning, Context
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Stage(nn.ModuleList):
         self,
         x: Tensor,
         embedding: Tensor,
-        context: Tensor | None,
+        context: Tensor | Context | None,
         size: tuple[int, int] | None = None,
         perturbed: Tensor | None = None,
     ) -> Tensor:
@@ -142,7 +142,7 @@ class Contracting(nn.Module):
         this network was built for.
         """
         embedding, skips = self.narrow(x, timestep, cond, len(self.input_blocks), hint)
-        return embedding, skips, self.middle_block(skips[-1], embedding, cond.cross, perturbed=perturbed)
+        return embedding, skips, self.middle_block(skips[-1], embedding, cond.shown, perturbed=perturbed)
 
     def narrow(
         self, x: Tensor, timestep: Tensor, cond: Conditioning, stages: int, hint: Tensor | None = None
@@ -154,7 +154,7 @@ class Contracting(nn.Module):
         hidden = fastest_layout(x if cond.concat is None else torch.cat([x, cond.concat], dim=1))
         skips: list[Tensor] = []
         for stage in self.input_blocks[:stages]:
-            hidden = stage(hidden, embedding, cond.cross)
+            hidden = stage(hidden, embedding, cond.shown)
             if hint is not None and not skips:
                 hidden = hidden + hint
             skips.append(hidden)
@@ -197,7 +197,7 @@ class UNet(Contracting):
         for stage in self.output_blocks[-left:][:stages]:
             hidden = torch.cat([hidden, skips.pop()], dim=1)
             height, width = skips[-1].shape[-2:] if skips else hidden.shape[-2:]
-            hidden = stage(hidden, embedding, cond.cross, (height, width))
+            hidden = stage(hidden, embedding, cond.shown, (height, width))
         return hidden
 
 

@@ -23,6 +23,7 @@ from ldm.diffusion.noise import PerImageNoise, per_image_noise
 from ldm.diffusion.state import finish_state
 from ldm.errors import LdmError
 from ldm.models.feature_reuse import FeatureReuse
+from ldm.models.same_text import SameText
 from ldm.models.unet import UNet, merging_tokens
 from ldm.pipeline.control import Controlled, Hint, acted_on, prepare_hints
 from ldm.pipeline.device import is_out_of_memory
@@ -300,6 +301,8 @@ def _denoise(stage: Stage, hints: tuple[Hint, ...], noise: PerImageNoise) -> Den
     network = _cheaper(denoiser.network, stage.request)
     if hints:
         network = Controlled(network, tuple(replace(hint, network=model.denoising(hint.network)) for hint in hints))
+    if model.offload != "blocks" and model.compiler is None:  # blocks that come and go, or guard what they are given
+        network = SameText(network)
     denoiser = replace(denoiser, network=network, dtype=model.dtype)
     denoise = guided(denoiser, [(sigma, _repeated(told, count)) for sigma, told in stage.told], guidance_of(stage))
     if stage.hold is not None:
