@@ -179,7 +179,7 @@ def with_class_pictures(tuning: Tuning, found: PictureSet, base: LatentDiffusion
         note = "no pictures of the class, so the model may forget it; give --class-caption, or --class-pictures too"
         return tuning, replace(found, notes=(*found.notes, note))
     folder, count = tuning.output / "class", min(100, 2 * len(found.examples))
-    with first_rank_first(), progress_bar(count) as bar:
+    with first_rank_first(base.device), progress_bar(count) as bar:
         folder.mkdir(parents=True, exist_ok=True)
         for seed in range(count):
             if not (path := folder / f"{seed:03}.png").exists():

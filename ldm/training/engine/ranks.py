@@ -59,8 +59,11 @@ def rank_and_ranks() -> tuple[int, int]:
 
 
 @contextmanager
-def first_rank_first() -> Iterator[None]:
-    """The other ranks wait, for six hours at most, until the first one has left this block: it may prepare files."""
-    join()  # if it was not done
+def first_rank_first(device: torch.device | None = None) -> Iterator[None]:
+    """The other ranks wait, for six hours at most, until the first one has left this block: it may prepare files.
+
+    device: as for `join`, which is called if it was not yet
+    """
+    join(device)
     with PartialState().main_process_first():
         yield

@@ -68,11 +68,11 @@ def prepare_run(
     """Encode pictures and captions, or find them in the cache, and set up what is trained.
 
     loop_for: the loop for so many pictures; seen: told how many pictures are encoded. Raises LdmError where no picture
-    is left, and for all that does not fit together.
+    is left, where this process has begun on another device than the base's, and for all that does not fit together.
     """
     check_base(tuning, base.config)
     cache = Cache(tuning.cache or tuning.output / "cache")
-    with first_rank_first():
+    with first_rank_first(base.device):
         trained = trained_of(base, tuning)
         pictures, left_out = _prepared(tuning, found, base, cache, seen)
         if all(picture.example.regular for picture in pictures):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from PIL import Image
 
@@ -159,6 +160,14 @@ def test_losses_fall_and_the_best_step_is_written(folder, base):
     measured = tune(run)
     assert measured[-1].train.mean() < 0.9 * measured[0].train.mean()
     assert load_measured(run.tuning.output, 10)[-1].step == 10
+
+
+def test_a_base_on_the_cpu_is_tuned_there_where_there_is_a_gpu_too(folder, base, monkeypatch):
+    monkeypatch.setattr(PartialState, "_shared_state", {})  # as a new process, in which the first to ask decides
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        run = ready(tuning(folder, method="embedding"), base)
+    assert PartialState().device == torch.device("cpu") and len(tune(run)) == 3
 
 
 def test_a_run_goes_on_where_it_stopped(folder, base):
