@@ -30,7 +30,7 @@ from ldm.training.engine.looking import evaluate, was_evaluated
 from ldm.training.engine.loop_config import LoopConfig, learning_rate
 from ldm.training.engine.objective import Batch, Draw, Objective, learning, step_generator
 from ldm.training.engine.optimizers import optimizer_for, set_rate
-from ldm.training.engine.precision import resolved
+from ldm.training.engine.precision import mixed, resolved
 from ldm.training.engine.prefetch import ahead
 from ldm.training.engine.ranks import join
 from ldm.training.engine.run import Run, resume, save
@@ -71,9 +71,7 @@ def train(
     """
     device = join(device)
     config = resolved(config, device)
-    accelerator = Accelerator(
-        mixed_precision=config.precision, gradient_accumulation_steps=config.accumulate, cpu=device.type == "cpu"
-    )
+    accelerator = _accelerator(config, device)
     held = _held(output) if accelerator.is_main_process else nullcontext()
     with held, stop_signal() as stop, learning(objective):
         run = _run(objective, config, output, accelerator)
@@ -144,6 +142,16 @@ def _held(output: Path) -> AbstractContextManager[None]:
     return locked(output, "--output")
 
 
+def _accelerator(config: LoopConfig, device: torch.device) -> Accelerator:
+    """It has one precision for all of a process, so layers are run in a run's own by `mixed`, and not by it."""
+    accelerator = Accelerator(
+        mixed_precision="no", gradient_accumulation_steps=config.accumulate, cpu=device.type == "cpu"
+    )
+    if config.precision == "fp16":
+        accelerator.scaler = torch.amp.GradScaler(device.type)
+    return accelerator
+
+
 def _run(objective: Objective, config: LoopConfig, output: Path, accelerator: Accelerator) -> Run:
     objective.to(accelerator.device)
     if config.compile:
@@ -192,9 +200,12 @@ def _gradient_step(run: Run, batches: Iterator[tuple[Draw, Batch]]) -> dict[str,
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
         torch.manual_seed(draw.generator.initial_seed())  # for networks with dropout, which draw from torch's own
         with accelerator.accumulate(run.model):
-            scalars = run.model(batch)
-            accelerator.backward(scalars["loss"])
+            with mixed(accelerator.device, config.precision):
+                scalars = run.model(batch)
+            accelerator.backward(scalars["loss"].float())
             if accelerator.sync_gradients:
+                if accelerator.scaler is not None:
+                    accelerator.scaler.unscale_(run.optimizer)
                 norm = accelerator.clip_grad_norm_(run.model.parameters(), config.clip)
                 if not math.isfinite(float(norm)):
                     run.stepper.zero_grad()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from line import CONFIG, Line
 from torch import Tensor
 
@@ -18,20 +16,14 @@ from ldm.errors import LdmError
 from ldm.models.presets import small, tiny
 from ldm.pipeline.device import multiplies_bfloat16
 from ldm.pipeline.load import random_system
+from ldm.training.engine.figures import read_figures
 from ldm.training.engine.loop import LoopConfig, train
 from ldm.training.engine.muon import orthogonal
 from ldm.training.engine.precision import mixed, precision_on, resolved, slowness
+from ldm.training.engine.state import load_state
 from ldm.training.latents import encode_pictures
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def own_accelerator() -> Iterator[None]:
-    """accelerate has one precision for all of a process; here each test has its own."""
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
 
 
 @pytest.fixture
@@ -41,6 +33,12 @@ def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: request.param)
     return request.param
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU, so far as it is only asked about."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
 both = pytest.mark.parametrize("native", [True, False], indirect=True)
@@ -61,7 +59,7 @@ def test_nothing_said_is_auto() -> None:
 
 
 @both
-def test_auto_is_what_the_device_has(native: bool) -> None:
+def test_auto_is_what_the_device_has(native: bool, gpu: None) -> None:
     config = replace(CONFIG, precision="auto")
     assert resolved(config, CPU) == replace(config, precision="bf16" if native else "no")
     assert resolved(config, GPU) == replace(config, precision="bf16" if native else "fp16")
@@ -69,7 +67,7 @@ def test_auto_is_what_the_device_has(native: bool) -> None:
 
 
 @both
-def test_what_is_asked_for_is_obeyed_and_slowness_is_told(native: bool) -> None:
+def test_what_is_asked_for_is_obeyed_and_slowness_is_told(native: bool, gpu: None) -> None:
     assert [precision_on(device, asked) for device in (CPU, GPU) for asked in ("no", "bf16")] == ["no", "bf16"] * 2
     assert precision_on(GPU, "fp16") == "fp16"
     with pytest.raises(LdmError, match="fp16, which needs a GPU"):
@@ -93,10 +91,21 @@ def test_the_loop_runs_layers_in_it(native: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("native", [False], indirect=True)
 def test_a_run_that_was_begun_in_bfloat16_goes_on(native: bool, tmp_path: Path) -> None:
     train(Seen(), replace(CONFIG, precision="bf16", steps=5), tmp_path)
-    AcceleratorState._reset_state()
-    resumed = Seen()
+    resumed = Seen()  # in the same process
     train(resumed, replace(CONFIG, precision="auto", steps=7), tmp_path)
     assert len(resumed.losses) == 2 and resumed.dtypes == {torch.float32}
+
+
+def test_fp16_scales_its_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose steps they are; here on the CPU, where it is slow and refused."""
+    monkeypatch.setattr("ldm.training.engine.loop.resolved", lambda config, device: config)
+    monkeypatch.setattr("ldm.training.engine.loop.join", lambda device: CPU)
+    seen = Seen()
+    train(seen, replace(CONFIG, precision="fp16", rate=0.1), tmp_path)
+    state = load_state(tmp_path)
+    skipped = sum(line.values.get("skipped", 0.0) for line in read_figures(tmp_path))
+    assert state is not None and state.numbers["scaler"]["scale"] == 65536.0 / 2**skipped and 0 < skipped < 10
+    assert seen.dtypes == {torch.float16} and seen.losses[-1] < 0.5 * seen.losses[0]
 
 
 @both

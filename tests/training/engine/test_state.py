@@ -284,19 +284,24 @@ def test_half_precision_without_a_gpu(tmp_path: Path) -> None:
 
 
 def test_the_scaler_of_half_precision_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one that grows every third step; on the CPU accelerate makes none of its own."""
+    """With one that grows every third step, on the CPU, where no run has one. Steps are those without it."""
 
     class Scaling(Accelerator):
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)
             self.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)  # type: ignore[assignment]
 
+    plain, whole, first, second = Line(), Line(), Line(), Line()
+    train(plain, CONFIG, tmp_path / "plain")
     monkeypatch.setattr("ldm.training.engine.loop.Accelerator", Scaling)
-    whole, first, second = Line(), Line(), Line()
     train(whole, CONFIG, tmp_path / "whole")
     train(first, replace(CONFIG, steps=7), tmp_path / "parts")
     train(second, CONFIG, tmp_path / "parts")
     assert whole.losses == first.losses + second.losses
+    assert whole.losses == plain.losses  # scaled by a power of 2, and clipped as without
+    gradients = [[line.values["gradient"] for line in read_figures(tmp_path / part) if line.of == "training"]
+                 for part in ("plain", "whole")]  # fmt: skip
+    assert gradients[0] == gradients[1] != []
     ends = [load_state(tmp_path / part) for part in ("whole", "parts")]
     assert ends[0] is not None and ends[1] is not None
     assert ends[0].numbers["scaler"] == ends[1].numbers["scaler"]

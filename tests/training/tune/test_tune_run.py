@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from ldm.data.example import Defaults
@@ -111,9 +110,7 @@ def test_the_file_draws_as_what_was_trained(name, folder, base):
 def test_the_file_says_in_which_precision_it_was_trained(folder, base):
     loop = replace(LOOP, precision="auto", steps=1, save_every=1, evaluate_every=1)
     run = ready(tuning(folder, adapter=AdapterOptions(rank=2)), base, loop)
-    AcceleratorState._reset_state()  # which has one precision for all of a process
     tune(run)
-    AcceleratorState._reset_state()
     own = precision_on(base.device)
     assert run.loop.precision == own != "auto"
     assert load_metadata(run.tuning.output / "out.safetensors")["ss_mixed_precision"] == own
