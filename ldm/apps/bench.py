@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -68,10 +69,10 @@ def _tuning(plan: Plan) -> MeasureTuning | None:
     """What measures the part tune, which needs packages that nothing else here does."""
     if "tune" not in plan.parts:
         return None
-    try:
-        from ldm.training.tune.bench import bench_tuning
-    except ImportError as error:
-        raise LdmError(f'tune: {error.name} is not installed; pip install "ldm[tune]", or leave the part out') from None
+    if missing := next((package for package in ("accelerate", "peft") if find_spec(package) is None), None):
+        raise LdmError(f'tune: {missing} is not installed; pip install "ldm[tune]", or leave the part out')
+    from ldm.training.tune.bench import bench_tuning
+
     return bench_tuning
 
 

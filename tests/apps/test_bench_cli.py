@@ -122,3 +122,11 @@ def test_flags_become_a_plan():
     assert isinstance(command, Bench)
     plan = plan_of(command)
     assert plan.model == "sd21" and plan.sizes == (512, 256) and plan.parts == ("step", "decode") and plan.alone
+
+
+def test_tuning_without_its_packages_is_said_before_anything_is_written(monkeypatch, capsys):
+    monkeypatch.setattr("ldm.apps.bench.find_spec", lambda package: None if package == "peft" else object())
+    assert main(["bench", "--parts", "tune", "--alone", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.endswith(
+        'tune: peft is not installed; pip install "ldm[tune]", or leave the part out\n'
+    )

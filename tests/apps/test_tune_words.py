@@ -13,6 +13,7 @@ from ldm.apps.tune_flags import Learning
 from ldm.data.captions import CaptionRules, whole
 from ldm.data.example import Example, PictureSet
 from ldm.data.file_at import FileAt
+from ldm.errors import LdmError
 from ldm.models.presets import sd1, small, tiny
 from ldm.pipeline.load import random_system
 from ldm.training.textual_inversion import new_word
@@ -85,3 +86,11 @@ def test_a_word_that_the_model_knows_is_noted():
     (note,) = told("Robot", "a robot").notes
     assert note.startswith("the model knows a word 'Robot': captions and prompts that say it mean the new one instead")
     assert told("my-robot", "a my-robot").notes == ()
+
+
+@pytest.mark.parametrize("word", ["", ".sks", "a/b", "a\\b", "a\nb", "a\0b", "x" * 201, "\u00e9" * 101])
+def test_a_word_that_can_name_no_file_is_refused_at_once(word):
+    with pytest.raises(LdmError, match=r"word: found .*, expected one that can be the name of a file") as refused:
+        Tuning(Path(), Path(), method="embedding", word=word)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
+    Tuning(Path(), Path(), method="embedding", word="\u00e9" * 100)

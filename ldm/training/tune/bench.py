@@ -92,7 +92,7 @@ def _match(run: Run, output: Path, setting: Setting | None, theirs: Callable[[],
             ours.append(Measured(seconds))
         begun = clock()
 
-    train(run.objective, run.loop, output, between)
+    train(run.objective, run.loop, output, between, run.base.device)
     apart = max((abs(our - their) / abs(our) for our, their in losses[:1]), default=0.0)
     return Match(setting, ours[1:], others[1:], apart)
 

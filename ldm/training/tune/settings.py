@@ -87,13 +87,19 @@ class Tuning:
             )
         if self.by_adapter and self.adapter.text_rank is not None and not self.text:
             raise LdmError("text-rank: found without training the text towers; ask for that too, or leave it away")
-        if self.method == "embedding" and (self.word.startswith(".") or {"/", "\\", "\0"} & set(self.word)):
-            raise LdmError(f"word: found {self.word!r}, expected one that can be the name of a file")
+        if self.method == "embedding" and not _names_a_file(self.word):
+            raise LdmError(f"word: found {self.word[:80]!r}, expected one that can be the name of a file")
 
     @property
     def by_adapter(self) -> bool:
         """Whether a LoRA or one of its kin is what is trained."""
         return self.method == "lora" or (self.method == "dreambooth" and not self.whole)
+
+
+def _names_a_file(word: str) -> bool:
+    """Whether a word can be, with a dozen characters behind it, and is not hidden."""
+    fits = 0 < len(word.encode(errors="replace")) <= 200 and word.isprintable()
+    return fits and not word.startswith(".") and not {"/", "\\"} & set(word)
 
 
 def check_base(tuning: Tuning, config: SystemConfig) -> None:
