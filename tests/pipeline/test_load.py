@@ -322,6 +322,7 @@ def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_precision("auto", GPU, "sd1") == Precision(half, half, half)
     assert choose_precision("float32", GPU, "sdxl") == Precision(single, single, single)
     assert choose_precision("bfloat16", GPU, "sdxl") == Precision(brain, brain, brain)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for native, wide in ((True, brain), (False, single)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         assert choose_precision("auto", GPU, "sdxl") == Precision(half, half, wide)

@@ -206,7 +206,7 @@ def test_gradients_and_files_are_those_of_peft_on_diffusers(models, originals, t
         with torch.no_grad():
             for one, other in pairs:
                 assert one.grad is not None and other.grad is not None
-                torch.testing.assert_close(one.grad, other.grad.reshape(one.shape), rtol=1e-3, atol=1e-6 * largest)
+                torch.testing.assert_close(one.grad, other.grad.reshape(one.shape), rtol=1e-3, atol=1e-5 * largest)
             # A norm of one channel a group takes what the time adds away, so that its layers have no gradient.
             moved = [one for one, _ in pairs if one.grad is not None and float(one.grad.abs().max()) > 1e-4 * largest]
             assert len(moved) > 0.8 * len(pairs)
