@@ -182,6 +182,8 @@ def _dispatch(command: Command) -> None:
             from ldm.apps.bench import bench
 
             bench(command)
+        case Plan(tune=str()):
+            _train(command)
         case Plan():
             from ldm.apps.plan import plan
 
@@ -222,10 +224,11 @@ def _dispatch(command: Command) -> None:
             assert_never(other)
 
 
-def _train(command: Train | TrainClip | Tune) -> None:
+def _train(command: Train | TrainClip | Tune | Plan) -> None:
     """Raises `LdmError` where the packages for training are not installed."""
     try:
-        shown = logging.WARNING if isinstance(command, Tune) and sys.stderr.isatty() else logging.INFO  # it has a bar
+        has_bar = isinstance(command, Tune) and sys.stderr.isatty()
+        shown = logging.WARNING if has_bar or isinstance(command, Plan) else logging.INFO
         logging.basicConfig(level=shown, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's words on its own future
         match command:
@@ -237,6 +240,10 @@ def _train(command: Train | TrainClip | Tune) -> None:
                 from ldm.apps.tune import tune
 
                 tune(command)
+            case Plan():
+                from ldm.apps.plan_tune import plan_tune
+
+                plan_tune(command)
             case Train():
                 from ldm.training.recipes import run
 

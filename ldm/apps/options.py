@@ -20,7 +20,7 @@ from ldm.apps.flags import (
     Sampling,
     SecondPass,
 )
-from ldm.apps.tune_flags import Adapting, Learning, Loss, Naming, Showing
+from ldm.apps.tune_flags import Adapting, Learning, Loss, Naming, PlanTuning, Showing
 from ldm.pipeline.request import DEFAULT_GUIDANCE, DEFAULT_STRENGTH, MaskFill
 
 AXIS_HELP = (
@@ -457,16 +457,19 @@ class Bench:
 
 @dataclass(frozen=True)
 class Plan:
-    """Say what drawing will take of memory, phase by phase, and what takes less; nothing is loaded for it."""
+    """Say what drawing or tuning will take of memory, phase by phase, and what takes less; nothing is loaded for it."""
 
+    tune: Literal["lora", "full", "dreambooth", "embedding", "controlnet"] | None = None
+    """Plan for tuning by this method, and not for drawing."""
     preset: Literal["sd15", "sd21", "sdxl"] | None = None
     """A file of this layout in float16."""
     file: Annotated[Path | None, arg(name="model", metavar="FILE", help_behavior_hint="")] = None
     """Or a model: a file or a diffusers folder. By default the one that ships."""
     size: Annotated[str, arg(metavar="WxH", help_behavior_hint="")] = ""
     """In pixels, multiples of 8. By default the model's own."""
-    batch: Annotated[int, arg(metavar="N")] = 1
-    """Pictures asked for, of which as many are drawn at once as ldm generate would."""
+    batch: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None
+    """Pictures asked for, by default one, of which as many are drawn at once as ldm generate would. With --tune those
+    of a step, by default as ldm tune has them."""
     guidance: Annotated[float, arg(metavar="X")] = DEFAULT_GUIDANCE
     """1 asks the network once a step and not twice."""
     image: bool = False
@@ -485,6 +488,7 @@ class Plan:
     """Read .ckpt, .pt and .bin too, with a reader that runs nothing that is in them."""
     json: bool = False
     """Print a JSON object."""
+    tuning: PlanTuning = field(default_factory=PlanTuning)
 
 
 @dataclass(frozen=True)

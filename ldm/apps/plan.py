@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
@@ -28,6 +28,8 @@ from ldm.weights.source import open_source
 
 if TYPE_CHECKING:
     from ldm.apps.options import Plan
+    from ldm.models.presets import SystemConfig
+    from ldm.weights.io import TensorInfo
 
 OFFLOAD_COSTS = {
     "parts": "the same picture; each network is copied to the GPU for each batch",
@@ -39,45 +41,42 @@ LAYOUTS = {"sd15": presets.sd1, "sd21": presets.sd2, "sdxl": presets.sdxl}
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
+SomeWork = TypeVar("SomeWork")
+
+
 @dataclass(frozen=True)
-class Other:
-    """Another way to draw as much: the flag that asks for it, and what it costs."""
+class Other(Generic[SomeWork]):
+    """Another way to do as much: the flag that asks for it, and what it costs."""
 
     flag: str
     cost: str
-    work: Work
+    work: SomeWork
 
 
 def plan(command: Plan) -> None:
-    """Print what the run would take. Raises LdmError for what cannot be."""
+    """Print what drawing would take. Raises LdmError for what cannot be."""
+    check_flags(command.tuning, "drawing", "--tune METHOD beside it")
     work, name = work_of(command)
     budget = None if command.budget is None else bytes_of(command.budget)
     phases = plan_drawing(work)
     others = [(other, peak(plan_drawing(other.work))) for other in others_than(work)]
     room = available_memory(work.device) if budget is None else budget
     if command.json:
-        print(json.dumps(_as_json(work, name, phases, others, room), indent=2))
+        print(json.dumps(as_json(_facts(work, name), phases, others, room), indent=2))
     else:
-        print("\n".join(_lines(work, name, phases, others, room, "free" if budget is None else "allowed")))
+        named = "free" if budget is None else "allowed"
+        print("\n".join(page(_title(work, name), phases, others, room, named)))
 
 
 def work_of(command: Plan) -> tuple[Work, str]:
     """The flags as a piece of work, and the model's name. Raises LdmError for values that cannot be."""
-    if command.preset is not None and command.file is not None:
-        raise LdmError("model: found both --model and --preset, expected one of them")
-    device = _device_of(command.device)
+    device = device_of(command.device)
     check_offload(command.offload, device)
-    if command.preset is not None:
-        name, config = command.preset, LAYOUTS[command.preset]()
-        tensors = tensors_of(config)
-    else:
-        path = locate("checkpoint", command.file or shipped_model(), model_roots(None))
-        source = open_source(path, allow_pickle=command.allow_pickle)
-        if is_part(source):
-            source = with_rest(source, open_source(rest_path(source, SHIPPED)))
-        name, config, tensors = printable(path.name), detect(source).config, source.tensors
+    name, config, tensors = model_of(command)
     width, height = size_of("size", command.size) or (config.size, config.size)
-    request = GenerateRequest(prompt="", width=width, height=height, count=command.batch)
+    request = GenerateRequest(
+        prompt="", width=width, height=height, count=1 if command.batch is None else command.batch
+    )
     work = Work(
         config,
         tensors,
@@ -85,7 +84,7 @@ def work_of(command: Plan) -> tuple[Work, str]:
         choose_precision(command.dtype, device, config.family),
         width,
         height,
-        batch=min(command.batch, batch_size(request)),
+        batch=min(request.count, batch_size(request)),
         guided=command.guidance != 1,
         from_picture=command.image,
         vae_tile=command.vae_tile,
@@ -94,7 +93,21 @@ def work_of(command: Plan) -> tuple[Work, str]:
     return work, name
 
 
-def _device_of(name: str) -> torch.device:
+def model_of(command: Plan) -> tuple[str, SystemConfig, Mapping[str, TensorInfo]]:
+    """The model's name, what it is, and the tensors of its file. Raises LdmError where there is no such file."""
+    if command.preset is not None and command.file is not None:
+        raise LdmError("model: found both --model and --preset, expected one of them")
+    if command.preset is not None:
+        config = LAYOUTS[command.preset]()
+        return command.preset, config, tensors_of(config)
+    path = locate("checkpoint", command.file or shipped_model(), model_roots(None))
+    source = open_source(path, allow_pickle=command.allow_pickle)
+    if is_part(source):
+        source = with_rest(source, open_source(rest_path(source, SHIPPED)))
+    return printable(path.name), detect(source).config, source.tensors
+
+
+def device_of(name: str) -> torch.device:
     """The device that is meant, which may be a GPU that this machine has not: for that too it can be planned."""
     if name == "cuda" and not torch.cuda.is_available():
         return torch.device(name)
@@ -109,7 +122,7 @@ def bytes_of(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
-def others_than(work: Work) -> Iterator[Other]:
+def others_than(work: Work) -> Iterator[Other[Work]]:
     """What this program can do to hold less, the one that costs least first."""
     half = torch.bfloat16 if work.device.type == "cpu" else torch.float16
     if work.precision.unet is torch.float32:
@@ -134,34 +147,34 @@ def others_than(work: Work) -> Iterator[Other]:
         yield Other(f"--size {width}x{height}", "smaller pictures, sooner", smaller)
 
 
-def _lines(
-    work: Work, name: str, phases: tuple[Phase, ...], others: list[tuple[Other, int]], room: int | None, named: str
+def page(
+    title: str, phases: Sequence[Phase], others: Sequence[tuple[Other[SomeWork], int]], room: int | None, named: str
 ) -> Iterator[str]:
+    """The plan in words. others: with what each takes; room: bytes that are there, and what they are called."""
     most = peak(phases)
-    pictures = "a picture" if work.batch == 1 else f"{work.batch} pictures at once"
-    yield f"{name}: {pictures} of {work.width}x{work.height} on {work.device} ({work.precision})"
+    yield title
     for phase in phases:
         yield f"  {phase.name:<8} {gib(phase.peak)}{'  <- the most' if phase.peak == most else ''}"
     if room is not None:
         yield f"{'fits' if most <= room else 'does not fit'}: {gib(room).strip()} {named}"
     if others:
         yield "less with"
+    wide = max([18, *(len(other.flag) for other, _ in others)])
     for other, takes in others:
         fits = ", which fits" if room is not None and takes <= room < most else ""
-        yield f"  {other.flag:<18} {gib(takes)}{fits}: {other.cost}"
+        yield f"  {other.flag:<{wide}} {gib(takes)}{fits}: {other.cost}"
 
 
-def _as_json(
-    work: Work, name: str, phases: tuple[Phase, ...], others: list[tuple[Other, int]], room: int | None
+def as_json(
+    facts: Mapping[str, object],
+    phases: Sequence[Phase],
+    others: Sequence[tuple[Other[SomeWork], int]],
+    room: int | None,
 ) -> dict[str, object]:
+    """The plan for programs, in bytes. facts: what is planned."""
     most = peak(phases)
     return {
-        "model": name,
-        "device": str(work.device),
-        "precision": str(work.precision),
-        "width": work.width,
-        "height": work.height,
-        "batch": work.batch,
+        **facts,
         "phases": {phase.name: phase.peak for phase in phases},
         "peak": most,
         "room": room,
@@ -171,6 +184,30 @@ def _as_json(
             for o, takes in others
         ],
     }
+
+
+def _title(work: Work, name: str) -> str:
+    pictures = "a picture" if work.batch == 1 else f"{work.batch} pictures at once"
+    return f"{name}: {pictures} of {work.width}x{work.height} on {work.device} ({work.precision})"
+
+
+def _facts(work: Work, name: str) -> dict[str, object]:
+    return {
+        "model": name,
+        "device": str(work.device),
+        "precision": str(work.precision),
+        "width": work.width,
+        "height": work.height,
+        "batch": work.batch,
+    }
+
+
+def check_flags(group: object, what: str, expected: str) -> None:
+    """Raise LdmError for a flag of a group that is given, and would do nothing."""
+    for field in fields(group):  # pyright: ignore[reportArgumentType]
+        if getattr(group, field.name) != field.default:
+            name = field.name.replace("_", "-")
+            raise LdmError(f"{name}: found with a plan for {what}, expected {expected}; leave it away")
 
 
 def gib(size: int) -> str:

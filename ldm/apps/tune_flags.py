@@ -114,3 +114,29 @@ class Loss:
     """The last timestep is all noise; for models that predict velocity."""
     prior_weight: Annotated[float, arg(metavar="X")] = 1.0
     """What errors on pictures of the class count (DreamBooth)."""
+
+
+@dataclass(frozen=True)
+class PlanTuning:
+    """With --tune: flags of ldm tune that memory depends on."""
+
+    kind: Literal["lora", "locon", "loha", "lokr", "dora"] = "lora"
+    """Of LoRA."""
+    rank: Annotated[int, arg(metavar="N")] = 16
+    """Of a LoRA."""
+    whole: bool = False
+    """With dreambooth: train all of the U-Net, and no LoRA."""
+    text: bool = False
+    """Train the text towers too."""
+    shuffle: bool = False
+    """Captions are varied, so that the text towers are asked about each batch."""
+    accumulate: Annotated[int, arg(metavar="N")] = 1
+    """Batches of a step."""
+    optimizer: Literal["adamw", "muon", "adamw8bit", "adafactor", "prodigy", "schedulefree"] = "adamw"
+    """What keeps numbers for each trained one."""
+    precision: Literal["auto", "bf16", "fp16", "no"] = "auto"
+    """Of the arithmetic; no is float32, auto what the device is fastest in."""
+    checkpointing: bool = False
+    """Work activations out twice and do not keep them."""
+    workers: Annotated[int, arg(metavar="N")] = 2
+    """Threads that read the next batches meanwhile."""

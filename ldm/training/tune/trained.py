@@ -14,6 +14,8 @@ from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.text_encoder import TextTower
 from ldm.models.unet import UNet
 from ldm.pipeline.latent_diffusion import LatentDiffusion
+from ldm.training.engine.loop_config import Precision
+from ldm.training.engine.precision import DTYPES
 from ldm.training.text_states import caption_ids, text_states
 from ldm.training.textual_inversion import NewWord, new_word
 from ldm.training.tune.settings import Tuning
@@ -60,6 +62,12 @@ def trained_of(base: LatentDiffusion, tuning: Tuning) -> Trained:
             _leave_what_is_not_read(model)
     parts = [model.unet, *map(_module, model.text), *([word] if word else []), *([control] if control else [])]
     return Trained(model, nn.ModuleList(parts), word, control)
+
+
+def base_dtype(tuning: Tuning, device: torch.device, precision: Precision) -> torch.dtype:
+    """In which dtype the base is loaded: as few bytes as the method allows. precision: of the run, not "auto"."""
+    whole = not tuning.by_adapter and tuning.method in ("full", "dreambooth")
+    return torch.float32 if whole or device.type != "cuda" else DTYPES[precision]
 
 
 def new_control(base: LatentDiffusion, seed: int) -> ControlNet:
