@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +43,7 @@ def generate(command: TaskCommand) -> None:
             depth = _estimated(command.depth_model, picture(command.image))
             groups = {key: [request.changed(depth=depth) for request in group] for key, group in groups.items()}
         given = with_decoder(command.model) if isinstance(command, Variations) else command.model
-        plain = load_plain(given, watch, command.details, largest(requests))
+        plain = load_plain(given, watch, command.details, requests)
         task = _task_of(command)
         for rule in plain.origin.rules if command.output.verbose else ():
             to_stderr(f"model: {rule}")
@@ -78,17 +78,6 @@ def with_their_adapters(
     return groups, read_files((one for key in groups for one in key), allow_pickle=model.allow_pickle)
 
 
-def largest(requests: list[GenerateRequest]) -> tuple[int, int] | None:
-    """(width, height) of the largest picture that is asked for; None where none says its size."""
-    sizes = [
-        (round(request.width * scale), round(request.height * scale))
-        for request in requests
-        if request.width is not None and request.height is not None
-        for scale in (1.0 if request.highres is None else request.highres.scale,)
-    ]
-    return max(sizes, key=lambda size: size[0] * size[1], default=None)
-
-
 def adapted(model: LatentDiffusion, wanted: tuple[Wanted, ...], adapters: dict[Path, Adapter]) -> LatentDiffusion:
     """The model with these adapters, of those that were read."""
     if not wanted:
@@ -117,17 +106,18 @@ def load_model(model: Model, watch: Stopwatch) -> LatentDiffusion:
 
 
 def load_plain(
-    model: Model, watch: Stopwatch, details: Details | None = None, size: tuple[int, int] | None = None
+    model: Model, watch: Stopwatch, details: Details | None = None, requests: Sequence[GenerateRequest] = ()
 ) -> LatentDiffusion:
     """Import torch and all that is ours, then load the model, without its adapters; its helpers are in `details`.
 
-    size: (width, height) of the pictures that are to fit into memory; None: the model's own
+    requests: whose pictures are to fit into memory; none: those of the model's own size
     """
     import ldm.tasks  # noqa: F401 - for its time to count as imports
 
     watch.mark("imports")
     prior = None if details is None else details.asking.prior
-    loaded = _loaded(model if prior is None else with_decoder(model), size)
+    given = model if prior is None else with_decoder(model)
+    loaded = _loaded(given, requests, 0 if details is None else _bytes_beside(details, model.models))
     if prior is not None:
         loaded = loaded.with_prior(prior)
     if model.embedding:
@@ -145,14 +135,25 @@ def load_plain(
             offload=model.offload,
             compile=model.compile,
         )
-        loaded = loaded.with_refiner(_loaded(other, size))
+        loaded = loaded.with_refiner(_loaded(other, requests))
     if model.compile:
         to_stderr("compiling: the first step takes longer")
     watch.mark("loading")
     return loaded
 
 
-def _loaded(model: Model, size: tuple[int, int] | None = None) -> LatentDiffusion:
+def _bytes_beside(details: Details, models: Sequence[Path]) -> int:
+    """The size of the files of other networks, which will take about as much of a GPU's memory."""
+    from ldm.weights.find import locate, model_roots
+
+    roots = model_roots(models or None)
+    paths = [locate("controlnet", file, roots) for file in control_files(details.controls).values()]
+    if details.refining.refiner is not None:
+        paths.append(locate("checkpoint", details.refining.refiner, roots))
+    return sum(file.stat().st_size for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
+
+
+def _loaded(model: Model, requests: Sequence[GenerateRequest] = (), beside: int = 0) -> LatentDiffusion:
     from ldm.pipeline.load import load
 
     if model.compile:
@@ -170,7 +171,8 @@ def _loaded(model: Model, size: tuple[int, int] | None = None) -> LatentDiffusio
         prediction=None if model.prediction == "auto" else model.prediction,
         vae_tile=model.vae_tile,
         offload=model.offload,
-        size=size,
+        requests=requests,
+        beside=beside,
         allow_pickle=model.allow_pickle,
         models=model.models or None,
     )
@@ -179,7 +181,8 @@ def _loaded(model: Model, size: tuple[int, int] | None = None) -> LatentDiffusio
     for warning in loaded.origin.warnings:
         to_stderr(f"warning: {warning}")
     if model.compile:
-        loaded = loaded.compiled()
+        as_parts = model.offload == "auto" and loaded.offload == "blocks"  # which cannot be compiled
+        loaded = (loaded.offloaded("parts") if as_parts else loaded).compiled()
     return loaded
 
 

@@ -159,7 +159,8 @@ def _drawn_by(
     done: int,
 ) -> Iterator[tuple[Cell, Result]]:
     """Load one model and draw its cells. `done` cells came before."""
-    plain = _attempt(partial(load_plain, given, watch, command.details))
+    requests = [cell.request for cell in cells]
+    plain = _attempt(partial(load_plain, given, watch, command.details, requests))
     model_hash = None
     if command.cells is not None and not isinstance(plain, LdmError):
         model_hash = hash_in_background(plain.origin.path)

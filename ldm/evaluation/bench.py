@@ -203,7 +203,7 @@ def _in_process(part: InProcess, subject: Subject, work: Work, plan: Plan, clock
     runs, compiles = plan.runs, plan.compile and part in COMPILED
 
     def ours(dtype: str, *, compiles: bool = False) -> Contestant:
-        model = load(subject.file, device=subject.device, dtype=dtype)
+        model = load(subject.file, device=subject.device, dtype=dtype, offload="none")
         return timed(our_side(model.compiled() if compiles else model, work), clock)
 
     def theirs(setting: Setting) -> Contestant:

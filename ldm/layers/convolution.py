@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from ldm.layers import cpu_products
 
 
-def fastest_layout(x: Tensor) -> Tensor:
+def fastest_layout(x: Tensor, device: torch.device | None = None) -> Tensor:
     """Pictures or a convolution's weight, (B, C, h, w), in the memory format that their dtype is convolved fastest in.
+
+    device: where they are to be convolved; None: where they are
 
     Channels-last in half precision: twice as fast on a CPU, and what tensor cores take. Convolutions hand the format
     on; a weight in another one is copied at each call. In float32 the weights alone that a CPU may multiply plainly
     (`cpu_products`). Everything else, and what has other than four dimensions: as it is.
     """
     half = x.dtype in (torch.bfloat16, torch.float16)
-    multiplied = x.dtype is torch.float32 and x.device.type == "cpu" and cpu_products.may_be_product(x)
+    multiplied = x.dtype is torch.float32 and (device or x.device).type == "cpu" and cpu_products.may_be_product(x)
     last = x.dim() == 4 and (half or multiplied)
     return x.contiguous(memory_format=torch.channels_last) if last else x
 

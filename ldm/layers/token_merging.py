@@ -66,7 +66,10 @@ class Matching:
 
 
 def match(x: Tensor, merging: Merging) -> Matching:
-    """x (B, N, C) -> the `share` of its tokens, sources, whose nearest destination by cosine is the nearest of all."""
+    """x (B, N, C) -> the `share` of its tokens, sources, whose nearest destination by cosine is the nearest of all.
+
+    Rows are looked at one by one, so that a picture does not depend on those of its batch.
+    """
     b, n, _ = x.shape
     is_destination = torch.zeros(merging.height, merging.width, dtype=torch.uint8, device=x.device)
     rows, columns = merging.height // STRIDE, merging.width // STRIDE  # an odd rest is of sources
@@ -74,10 +77,9 @@ def match(x: Tensor, merging: Merging) -> Matching:
     order, left = is_destination.flatten().argsort(stable=True), n - rows * columns
     sources, destinations = order[:left], order[left:]
     unit = F.normalize(x.float(), dim=-1)
-    there = unit[:, destinations].transpose(1, 2)
-    parts = sources.split(max(1, AT_ONCE // (b * max(1, there.shape[2]))))
-    found = [(unit[:, part] @ there).max(dim=-1) for part in parts]
-    likeness, nearest = (torch.cat(each, dim=1) for each in zip(*found, strict=True))
+    parts = sources.split(max(1, AT_ONCE // max(1, len(destinations))))
+    found = [(row[part] @ row[destinations].T).max(dim=-1) for row in unit for part in parts]
+    likeness, nearest = (torch.cat(each).unflatten(0, (b, left)) for each in zip(*found, strict=True))
     by_likeness = likeness.argsort(dim=-1, descending=True, stable=True)
     count = min(left, int(merging.share * n))
     going, staying = by_likeness[:, :count], by_likeness[:, count:]

@@ -37,10 +37,11 @@ BLOCKS = (ResBlock, TransformerBlock, AttentionBlock)
 
 def check_offload(offload: str, device: torch.device) -> None:
     """Raise LdmError for a way that is not known, or that a device has no use for."""
-    if offload not in (*OFFLOADS, "auto"):
-        raise LdmError(f"offload: found {offload!r}, expected auto, {', '.join(OFFLOADS[:-1])} or {OFFLOADS[-1]}")
-    if offload in OFFLOADS[1:] and device.type == "cpu":
-        raise LdmError(f"offload {offload}: the model runs on the CPU, where all of it is; leave it out")
+    if offload not in OFFLOADS:
+        raise LdmError(f"offload: found {offload!r}, expected {', '.join(OFFLOADS[:-1])} or {OFFLOADS[-1]}")
+    if offload != "none" and device.type != "cuda":
+        name = {"cpu": "the CPU", "mps": "Apple's GPU"}.get(device.type, str(device))
+        raise LdmError(f"offload {offload}: the model runs on {name}, whose memory is the machine's; leave it out")
 
 
 def here(network: Anything, device: torch.device) -> Anything:
@@ -80,5 +81,5 @@ def _visiting(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 def is_on(found: torch.device, device: torch.device) -> bool:
-    """Whether two devices are one: "cuda" is the first GPU."""
+    """Whether two devices are one: "cuda" is the first GPU, as where nobody chose another."""
     return found.type == device.type and (found.index or 0) == (device.index or 0)

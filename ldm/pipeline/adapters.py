@@ -47,7 +47,7 @@ def with_adapters(model: LatentDiffusion, choices: Iterable[AdapterChoice]) -> L
     tensors |= model.originals
     changes = plan(model.config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, uses)
     new = {name: tensors[name] for name in model.originals}
-    new |= {name: fastest_layout(changed(tensors[name], those)) for name, those in changes.items()}
+    new |= {name: fastest_layout(changed(tensors[name], those), model.device) for name, those in changes.items()}
     unet, *text = (_with(network, _under(new, prefix)) for prefix, network in networks.items())
     return replace(
         model,

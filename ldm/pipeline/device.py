@@ -37,7 +37,7 @@ class Precision:
 def choose_device(name: str | torch.device = "auto") -> torch.device:
     """The device that is meant. Raises LdmError where this machine has no such device."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -48,6 +48,8 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
             raise LdmError(f"device {name}: no CUDA GPU was found; use --device cpu")
         if (device.index or 0) >= found:
             raise LdmError(f"device {name}: this machine has {found} CUDA GPUs; use cuda:0 to cuda:{found - 1}")
+        if device.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
     elif device.type == "mps":
         if not torch.backends.mps.is_available():
             raise LdmError("device mps: this machine has none; use --device cpu")
@@ -97,9 +99,17 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """How many bytes of its memory are free, on a CPU without swapping; None where the system does not tell."""
+    """How many bytes of its memory are free, on a CPU without swapping; None where the system does not tell.
+
+    What PyTorch keeps of a GPU's for itself is free to it, up to the share that it may have.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else None
+        if not torch.cuda.is_available():
+            return None
+        free, total = torch.cuda.mem_get_info(device)
+        used = torch.cuda.memory_allocated(device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        return min(free + torch.cuda.memory_reserved(device), allowed) - used
     if device.type == "cpu" and MEMORY.exists():
         found = re.search(r"^MemAvailable:\s*(\d+) kB", MEMORY.read_text(), re.MULTILINE)
         return None if found is None else int(found[1]) * 1024

@@ -152,7 +152,14 @@ class LatentDiffusion:
         """
         roots = model_roots(models)
         base = self.with_adapters(()).unet  # or differences would keep what an adapter added
-        read = partial(read_control, base=base, device=self.home, dtype=self.dtype, allow_pickle=allow_pickle)
+        read = partial(
+            read_control,
+            base=base,
+            device=self.home,
+            runs_on=self.device,
+            dtype=self.dtype,
+            allow_pickle=allow_pickle,
+        )
         networks = {name: read(locate("controlnet", path, roots)) for name, path in controls.items()}
         if self.compiler is not None:
             networks = {name: self.compiler.compiled(network) for name, network in networks.items()}
@@ -161,13 +168,17 @@ class LatentDiffusion:
     def with_refiner(self, refiner: LatentDiffusion) -> LatentDiffusion:
         """A model that hands its pictures over to another one at a request's `refine_at` (SDXL's base and refiner).
 
-        Raises `LdmError` where the two do not share a latent space.
+        Raises `LdmError` where the two do not share a latent space, or a device.
         """
         mine, other = self.config.autoencoder, refiner.config.autoencoder
         if (mine.latent_channels, mine.downsampling) != (other.latent_channels, other.downsampling):
             raise LdmError(
                 f"refiner: its latents have {other.latent_channels} channels at 1/{other.downsampling} of the size,"
                 f" expected {mine.latent_channels} at 1/{mine.downsampling}; use one made for this model"
+            )
+        if refiner.device != self.device:
+            raise LdmError(
+                f"refiner: found on {refiner.device}, expected {self.device}, where the model is; load it there"
             )
         return replace(self, refiner=refiner)
 
@@ -206,9 +217,10 @@ class LatentDiffusion:
     def offloaded(self, offload: Offload) -> LatentDiffusion:
         """A model whose networks wait in the machine's memory while they are not used; see `Offload` for the ways.
 
-        Pictures are the same, bit for bit. The device's memory is free when nothing refers to this model any more. With
-        "none" they come to the device, and stay. Raises `LdmError` on a CPU, beside which there is nowhere to wait, and
-        for the blocks of a compiled model.
+        Pictures are the same, bit for bit; of what adapters change from then on, which is computed where it waits, but
+        for rounding. The device's memory is free when nothing refers to this model any more. With "none" they come to
+        the device, and stay. Raises `LdmError` where the device's memory is the machine's, so that there is nowhere to
+        wait, and for the blocks of a compiled model.
         """
         check_offload(offload, self.device)
         if offload == "blocks" and self.compiler is not None:
@@ -220,12 +232,13 @@ class LatentDiffusion:
             unet=here(self.unet, home),
             autoencoder=here(self.autoencoder, home),
             text=tuple(here(tower, home) for tower in self.text),
-            image=None if self.image is None else here(self.image, home),
-            augmentor=None if self.augmentor is None else here(self.augmentor, home),
-            image_tokens=None if self.image_tokens is None else here(self.image_tokens, home),
+            image=here(self.image, home),
+            augmentor=here(self.augmentor, home),
+            image_tokens=here(self.image_tokens, home),
             controls={name: here(network, home) for name, network in self.controls.items()},
             originals={name: tensor.to(home) for name, tensor in self.originals.items()},
             refiner=None if self.refiner is None else self.refiner.offloaded(offload),
+            prior=None if self.prior is None else replace(self.prior, network=here(self.prior.network, home)),
         )
 
     @property

@@ -18,7 +18,7 @@ from torch import Tensor
 from ldm.diffusion.schedule import NOISE_SCHEDULES
 from ldm.errors import LdmError
 from ldm.layers.convolution import fastest_layout
-from ldm.models.offloading import Offload, check_offload, here
+from ldm.models.offloading import Offload, block_by_block, check_offload, here
 from ldm.models.presets import Family, PredictionType, SystemConfig
 from ldm.models.tiled import check_tile
 from ldm.models.unet import UNet
@@ -37,6 +37,7 @@ from ldm.weights.source import Source, open_source, with_part
 
 if TYPE_CHECKING:
     from ldm.models.text_encoder import CLIPText, OpenCLIPText
+    from ldm.pipeline.request import GenerateRequest
 
 PartKind = Literal["unet", "vae", "text encoder"]
 
@@ -67,7 +68,8 @@ def load(
     prediction: PredictionType | Literal["probe"] | None = None,
     vae_tile: int | None = None,
     offload: Offload | Literal["auto"] = "auto",
-    size: tuple[int, int] | None = None,
+    requests: Sequence[GenerateRequest] = (),
+    beside: int = 0,
     allow_pickle: bool = False,
     models: Sequence[str | Path] | None = None,
 ) -> LatentDiffusion:
@@ -83,7 +85,8 @@ def load(
                   None: where it would not fit otherwise
     offload:      what waits in the machine's memory while a GPU does not use it, see `Offload`; "auto": as little as
                   has to for one picture to fit
-    size:         (width, height) of that picture; None: the model's own
+    requests:     whose pictures have to; none: one of the model's own size
+    beside:       how many bytes of the device's memory other networks will take: ControlNets, a refiner, a prior
     allow_pickle: whether .ckpt, .pt and .bin are read, by a reader that runs nothing that is in them
     models:       folders with model files, laid out as by other programs; None: those that `LDM_MODELS` lists
 
@@ -93,7 +96,8 @@ def load(
     place = choose_device(device)
     check_dtype(dtype, place)
     check_tile(vae_tile)
-    check_offload(offload, place)
+    if offload != "auto":
+        check_offload(offload, place)
     path, roots = shipped_model() if path is None else path, model_roots(models)
     source, rules = open_source(locate("checkpoint", path, roots), allow_pickle=allow_pickle), []
     if is_part(source):
@@ -118,11 +122,17 @@ def load(
         raise _error(source, _misfit(comparison, config.family))
     precision = choose_precision(dtype, place, config.family)
     if offload == "auto":
-        offload, why = _offload_for(config, source, place, precision, size or (config.size, config.size))
-        rules.extend([f"offload: {offload} ({why})"] if why else [])
-    fill(networks, source, place if offload == "none" else torch.device("cpu"), precision)
+        offload = "none"
+        if place.type == "cuda":
+            from ldm.pipeline.plan import Work, choose_offload
+
+            drawn = Work(config, source.tensors, place, precision, config.size, config.size, vae_tile=vae_tile)
+            offload, why = choose_offload(drawn, requests, beside)
+            rules.extend([f"offload: {offload} ({why})"] if why else [])
+    fill(networks, source, place if offload == "none" else torch.device("cpu"), precision, runs_on=place)
     if prediction == "probe":
-        config = replace(config, prediction=_probe(here(networks.unet, place), source))
+        running = block_by_block(networks.unet, place) if offload == "blocks" else here(networks.unet, place)
+        config = replace(config, prediction=_probe(running, place, source))
         detection = replace(detection, config=config, prediction_rule="one step of its U-Net")
     return LatentDiffusion(
         config=config,
@@ -143,17 +153,6 @@ def load(
             parts=tuple(others),
         ),
     )
-
-
-def _offload_for(
-    config: SystemConfig, source: Source, device: torch.device, precision: Precision, size: tuple[int, int]
-) -> tuple[Offload, str]:
-    """What has to wait beside a GPU for one picture of (width, height) to fit, and why."""
-    if device.type != "cuda":
-        return "none", ""
-    from ldm.pipeline.plan import Work, choose_offload
-
-    return choose_offload(Work(config, source.tensors, device, precision, *size))
 
 
 def _parts(
@@ -257,13 +256,23 @@ def _build(source: Source, config: SystemConfig) -> Networks:
         raise _error(source, str(error)) from None
 
 
-def fill(networks: Networks, source: Source, device: torch.device, precision: Precision) -> None:
-    """Give every network, built on `meta`, its tensors, which are known to fit, cast and laid out as they are run."""
+def fill(
+    networks: Networks,
+    source: Source,
+    device: torch.device,
+    precision: Precision,
+    *,
+    runs_on: torch.device | None = None,
+) -> None:
+    """Give every network, built on `meta`, its tensors, which are known to fit, cast and laid out as they are run.
+
+    device: where they are kept; runs_on: where they are computed with, None: there
+    """
     for prefix, network in networks.by_prefix().items():
         dtype = {UNET: precision.unet, FIRST_STAGE: precision.autoencoder}.get(prefix, precision.text)
         names = [prefix + name for name in network.state_dict()]
         state = {
-            name.removeprefix(prefix): fastest_layout(tensor.to(device=device, dtype=dtype))
+            name.removeprefix(prefix): fastest_layout(tensor.to(device=device, dtype=dtype), runs_on)
             for name, tensor in source.read(names)
         }
         network.load_state_dict(state, strict=True, assign=True)
@@ -283,7 +292,7 @@ def _misfit(comparison: Comparison, family: Family) -> str:
 
 
 @torch.inference_mode()
-def _probe(unet: UNet, source: Source) -> PredictionType:
+def _probe(unet: UNet, device: torch.device, source: Source) -> PredictionType:
     """Whether an SD 2.x U-Net predicts eps or v, by what it makes of a constant at the last timestep.
 
     Almost all of its input is noise there: an eps model gives it back, a v model what is far below (the test that
@@ -292,10 +301,10 @@ def _probe(unet: UNet, source: Source) -> PredictionType:
     config = unet.config
     if config.in_channels != 4 or config.context_width is None or config.vector_width or config.classes:
         raise _error(source, "its prediction type cannot be probed; only that of SD 2.x text-to-image models can")
-    parameter = next(unet.parameters())
-    x = torch.full((1, 4, 8, 8), 0.5, device=parameter.device, dtype=parameter.dtype)
-    cross = torch.full((1, 2, config.context_width), 0.5, device=parameter.device, dtype=parameter.dtype)
-    answer = unet(x, torch.tensor([999], device=parameter.device), Conditioning(cross=cross))
+    dtype = next(unet.parameters()).dtype
+    x = torch.full((1, 4, 8, 8), 0.5, device=device, dtype=dtype)
+    cross = torch.full((1, 2, config.context_width), 0.5, device=device, dtype=dtype)
+    answer = unet(x, torch.tensor([999], device=device), Conditioning(cross=cross))
     return "v" if float((answer - x).float().mean()) < -1 else "eps"
 
 

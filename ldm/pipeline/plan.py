@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,11 @@ from ldm.models.offloading import OFFLOADS, Anything, Offload, block_by_block
 from ldm.models.presets import SystemConfig
 from ldm.models.tiled import decode_tiled
 from ldm.pipeline.device import Precision, available_memory
+from ldm.pipeline.first_stage import TILE
 from ldm.pipeline.live_memory import META, live_memory
 from ldm.pipeline.load import fill
+from ldm.pipeline.prepare import size_of
+from ldm.pipeline.request import GenerateRequest
 from ldm.types import Conditioning
 from ldm.weights.io import TORCH_DTYPES, WINDOW, StoredTensor, TensorInfo, in_groups
 from ldm.weights.layout import Networks, build
@@ -77,6 +80,11 @@ def tensors_of(config: SystemConfig, dtype: str = "F16") -> dict[str, TensorInfo
     }
 
 
+def unread(tensors: Mapping[str, TensorInfo]) -> Source:
+    """A file of these tensors, which have no numbers."""
+    return Source(Path(), tensors, {}, partial(_read, tensors))
+
+
 def plan_drawing(work: Work) -> tuple[Phase, ...]:
     """What each phase of drawing holds at its peak, in the order of the phases; see `Work`.
 
@@ -86,7 +94,7 @@ def plan_drawing(work: Work) -> tuple[Phase, ...]:
     networks, staying = build(work.config), 0
     if on_gpu := work.device.type != "cpu":  # where the file's pages are not counted
         with META:
-            fill(networks, _unread(work), META, work.precision)
+            fill(networks, unread(work.tensors), META, work.precision)
         each = networks.by_prefix().values() if work.offload == "none" else ()
         staying = sum(tensor.nbytes for network in each for tensor in weights_of(network))
     with live_memory(work.device) as memory, torch.no_grad():
@@ -96,7 +104,7 @@ def plan_drawing(work: Work) -> tuple[Phase, ...]:
             memory.restart()
 
         if not on_gpu:
-            fill(networks, _unread(work), work.device, work.precision)
+            fill(networks, unread(work.tensors), work.device, work.precision)
         ended("load", LOADING)
         cond = _told(networks, work)
         ended("text", RUNNING)
@@ -130,21 +138,37 @@ def peak(phases: Iterable[Phase]) -> int:
     return max(phase.peak for phase in phases)
 
 
-def choose_offload(work: Work) -> tuple[Offload, str]:
+def choose_offload(work: Work, requests: Sequence[GenerateRequest] = (), beside: int = 0) -> tuple[Offload, str]:
     """The fastest way to draw that fits into what is free of a GPU's memory, and why it is taken, "" for the first.
+
+    work:     of the model's own size, for where there are no requests
+    requests: of whose pictures the largest one has to fit, by itself; it is decoded in tiles where it must be
+    beside:   the bytes of other networks, which stay on the GPU like these, or wait like these
 
     On a CPU, where nothing is elsewhere, and where the system does not tell, it is "none".
     """
     free = available_memory(work.device)
-    if work.device.type != "cuda" or free is None or _plenty(work) <= FILLED * free:
+    if requests:
+        sizes = (_largest_pass(request, work.config.size) for request in requests)
+        width, height = max(sizes, key=lambda size: size[0] * size[1])
+        work = replace(work, width=width, height=height, guided=any(request.guidance != 1 for request in requests))
+    work = replace(work, vae_tile=work.vae_tile or TILE)
+    if work.device.type != "cuda" or free is None or _plenty(work) + beside <= FILLED * free:
         return "none", ""
     found, more = OFFLOADS[0], list[str]()
     for found in OFFLOADS:
-        takes = peak(plan_drawing(replace(work, offload=found)))
+        takes = peak(plan_drawing(replace(work, offload=found))) + (beside if found == "none" else 0)
         if takes <= FILLED * free:
             break
         more.append(f"{found} takes {takes / 2**30:.1f} GiB")
     return found, f"{', '.join(more)}; {free / 2**30:.1f} GiB are free" if more else ""
+
+
+def _largest_pass(request: GenerateRequest, side: int) -> tuple[int, int]:
+    """(width, height) of the larger one where there are two passes over a picture. side: of the model's own pictures"""
+    width, height = size_of(request, side)
+    scale = 1.0 if request.highres is None else max(1.0, request.highres.scale)
+    return round(width * scale), round(height * scale)
 
 
 def _plenty(work: Work) -> int:
@@ -156,11 +180,6 @@ def _plenty(work: Work) -> int:
 def _present(network: Anything, work: Work) -> Anything:
     """A network where it is run."""
     return network if work.offload == "none" or not isinstance(network, nn.Module) else copy_on(network, work.device)
-
-
-def _unread(work: Work) -> Source:
-    """The file, with tensors that have no numbers."""
-    return Source(Path(), work.tensors, {}, partial(_read, work.tensors))
 
 
 def _told(networks: Networks, work: Work) -> Conditioning:

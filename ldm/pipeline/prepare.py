@@ -47,16 +47,25 @@ def resolve(model: LatentDiffusion, request: GenerateRequest) -> GenerateRequest
     """
     if request.prior is not None and model.prior is None:
         raise LdmError("prior: found with a model that has none, expected one; give it by --prior, or by with_prior")
-    width = height = model.config.size
-    picture = request.image or request.depth or next((control.image for control in request.controls), None)
-    if picture is not None:
-        width, height = shape_like(read_picture(picture).size, model.config.size)
+    width, height = size_of(request, model.config.size)
     return seeded(request).changed(
-        width=request.width or width,
-        height=request.height or height,
+        width=width,
+        height=height,
         schedule=_schedule(model, request),
         strength=request.strength if request.image is None else request.share,
     )
+
+
+def size_of(request: GenerateRequest, side: int) -> tuple[int, int]:
+    """(width, height) of a request's pictures, of the first pass over them where there are two.
+
+    Where it names none, those of the picture that it starts from or follows, else of a square of `side`, the model's.
+    """
+    width = height = side
+    picture = request.image or request.depth or next((control.image for control in request.controls), None)
+    if picture is not None and not (request.width and request.height):
+        width, height = shape_like(read_picture(picture).size, side)
+    return request.width or width, request.height or height
 
 
 def seeded(request: GenerateRequest) -> GenerateRequest:

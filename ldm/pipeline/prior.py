@@ -92,7 +92,7 @@ def beside(model: LatentDiffusion, prior: str | Path | AnyPrior | None) -> Prior
         )
     if isinstance(prior, str | Path | None):
         path = SHIPPED_PRIOR if prior is None else Path(prior)
-        found = PriorBeside(load_prior(path, device=model.device), path)
+        found = PriorBeside(load_prior(path, device=model.home), path)
     else:
         found = PriorBeside(prior, None)
     try:
@@ -115,9 +115,10 @@ def imagined(model: LatentDiffusion, prompt: str, request: GenerateRequest) -> T
     use = request.prior
     assert use is not None and model.prior is not None and request.seed is not None
     seed = (request.seed + request.batch_index) ^ OWN_NOISE
+    told = tell_words(model, prompt, request.emphasis)
     found = image_embeddings(
-        model.prior.network,
-        tell_words(model, prompt, request.emphasis),
+        model.present(model.prior.network),
+        told,
         seed=seed,
         guidance=use.guidance,
         steps=use.steps,
@@ -129,9 +130,8 @@ def imagined(model: LatentDiffusion, prompt: str, request: GenerateRequest) -> T
 def tell_words(model: LatentDiffusion, prompt: str, emphasis: Emphasis) -> Told:
     """What the model's prior is told of a prompt, or of what this says at one step: its plain words."""
     assert model.prior is not None
-    return tell(
-        model.prior.network, model.present(model.text[0]), model.config.text[0], [plain_words(prompt, emphasis)]
-    )
+    words = [plain_words(prompt, emphasis)]
+    return tell(model.prior.network, model.present(model.text[0]), model.config.text[0], words, device=model.device)
 
 
 def plain_words(prompt: str, emphasis: Emphasis = "a1111") -> str:
@@ -139,11 +139,21 @@ def plain_words(prompt: str, emphasis: Emphasis = "a1111") -> str:
     return " ".join(piece.text for pieces in parse_weights(prompt, emphasis) for piece in pieces)
 
 
-def tell(prior: AnyPrior, tower: TextTower, use: TextUse, texts: Sequence[str], without: str = "") -> Told:
+def tell(
+    prior: AnyPrior,
+    tower: TextTower,
+    use: TextUse,
+    texts: Sequence[str],
+    without: str = "",
+    *,
+    device: torch.device | None = None,
+) -> Told:
     """Texts as a prior is told them, one row each, and what guidance leads away from.
 
-    tower, use: the text tower of the CLIP that the prior was trained for (`model.text[0]`, `model.config.text[0]`).
-    Raises LdmError where it is another one.
+    tower, use: the text tower of the CLIP that the prior was trained for (`model.text[0]`, `model.config.text[0]`)
+    device:     on which the prior will be asked; None: where it is
+
+    Raises LdmError where the tower is another one.
     """
     wanted, found, projection = prior.config, tower.config, _text_projection(prior, tower)
     ids = torch.tensor([tokenize(text, min(found.tokens, wanted.tokens), use.padding) for text in (*texts, without)])
@@ -153,7 +163,7 @@ def tell(prior: AnyPrior, tower: TextTower, use: TextUse, texts: Sequence[str], 
     assert said.pooled is not None
     words = torch.arange(ids.shape[1])[None] < text_lengths(ids.cpu())[:, None]
     cond = Conditioning(cross=said.states.float(), vector=in_scale(said.pooled.float()), words=words)
-    cond = cond.to(device=next(prior.parameters()).device)
+    cond = cond.to(device=device or next(prior.parameters()).device)
     rows = torch.full((len(texts),), len(texts))
     return Told(((cond.select(slice(len(texts))), 1.0),), cond.select(rows))
 

@@ -113,20 +113,21 @@ def run(model: LatentDiffusion, job: Job) -> Iterator[Progress | Picture]:
     """Draw the job's pictures, batch by batch; each batch yields its steps, then its pictures in order.
 
     model: what a picture's metadata names. A batch that does not fit into memory is halved; where one picture does not,
-    networks that wait elsewhere come block by block. Raises `LdmError` when it does not fit even so, and when a step or
-    a decoded picture is not finite.
+    networks that wait elsewhere come block by block from then on. Raises `LdmError` when it does not fit even so, and
+    when a step or a decoded picture is not finite.
     """
     stages = [_controlled(stage) for stage in job.stages]
     runs = [(stage.request, stage.steps) for stage in job.stages]
     job = replace(job, notes=(*job.notes, *notes_on(model, job.request, runs)))
     count = job.request.count
-    size = min(batch_size(stage.request) for stage in job.stages)
+    size = most = min(batch_size(stage.request) for stage in job.stages)
     first = 0
     while first < count:
-        here = min(size, count - first)
+        here, denoising = min(size, count - first), True
         try:
             for event in _batch(model, stages, job, first, here):
                 first += isinstance(event, Picture)
+                denoising = isinstance(event, Progress) and event.done < event.steps
                 yield event
             continue
         except (RuntimeError, MemoryError) as error:
@@ -135,11 +136,12 @@ def run(model: LatentDiffusion, job: Job) -> Iterator[Progress | Picture]:
         # Outside of the handler, which keeps the failed batch's tensors alive.
         if here > 1:
             size = here // 2
-        elif any(_can_come_in_blocks(stage) for stage, _ in stages):
+        elif denoising and any(_can_come_in_blocks(stage) for stage, _ in stages):
+            size = most
             stages = [(_in_blocks(stage) if _can_come_in_blocks(stage) else stage, hints) for stage, hints in stages]
             job = replace(job, notes=(*job.notes, "offload blocks: with whole networks there was no memory left"))
         else:
-            raise _too_large(model, max((stage.request for stage in job.stages), key=_pixels))
+            raise _too_large(max((stage for stage, _ in stages), key=lambda stage: _pixels(stage.request)))
         if model.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -153,8 +155,12 @@ def _in_blocks(stage: Stage) -> Stage:
     return replace(stage, model=replace(stage.model, offload="blocks"))
 
 
-def _too_large(model: LatentDiffusion, request: GenerateRequest) -> LdmError:
-    remedy = "--dtype bfloat16" if model.device.type == "cpu" or model.offload == "blocks" else "--offload blocks"
+def _too_large(stage: Stage) -> LdmError:
+    model, request = stage.model, stage.request
+    if model.device.type != "cuda" or model.offload == "blocks":
+        remedy = "--dtype bfloat16"
+    else:
+        remedy = "--offload parts" if model.compiler is not None else "--offload blocks"
     return LdmError(
         f"width x height: no memory left on {model.device} for one picture of {request.width}x{request.height}; make it"
         f" smaller, or try {remedy} or another --device"

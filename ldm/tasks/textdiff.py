@@ -81,5 +81,4 @@ def own_text_vectors(model: LatentDiffusion) -> TextVectors:
             f"{name}: has no text tower in the space of its image embeddings, which text diffs need; use this package's"
             " decoder or SD 2.1 unCLIP-h in one file, or give text_vectors"
         )
-    text, image = model.present(text), model.present(image)
-    return clip_of(text, image, name=model.origin.name or "model", identity="", scale=1.0).text_vectors
+    return clip_of(model.present(text), image, name=model.origin.name or "model", identity="", scale=1.0).text_vectors

@@ -43,13 +43,17 @@ def read_control(
     base: UNet | None = None,
     *,
     device: torch.device | str = "cpu",
+    runs_on: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     allow_pickle: bool = False,
 ) -> ControlNet:
     """A ControlNet from a file, or from a folder that diffusers wrote.
 
-    base: the U-Net that it is to control; a file of differences is added to its weights. Raises LdmError where the file
-    is no ControlNet, where it lacks a tensor or has one too many, and where it is made for another U-Net.
+    base:    the U-Net that it is to control; a file of differences is added to its weights
+    device:  where it is kept; runs_on: where it is computed with, None: there
+
+    Raises LdmError where the file is no ControlNet, where it lacks a tensor or has one too many, and where it is made
+    for another U-Net.
     """
     raw = open_source(path, allow_pickle=allow_pickle)
     try:
@@ -61,7 +65,7 @@ def read_control(
     state = {}
     for name, tensor in source.read(network.state_dict()):
         whole = tensor.float() + added[name].cpu().float() if name in added else tensor
-        state[name] = fastest_layout(whole.to(device=device, dtype=dtype))
+        state[name] = fastest_layout(whole.to(device=device, dtype=dtype), runs_on)
     network.load_state_dict(state, strict=True, assign=True)
     return network.eval().requires_grad_(False)
 

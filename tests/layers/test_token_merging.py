@@ -55,6 +55,13 @@ def test_tokens_become_the_means_of_their_groups(height, width, share):
 
 
 @torch.no_grad()
+def test_a_picture_merges_its_tokens_whatever_else_is_in_the_batch():
+    x, merging = torch.randn(5, 24 * 24, 8, generator=torch.Generator().manual_seed(0)), Merging(24, 24, 0.5)
+    together, alone = match(x, merging), [match(row, merging) for row in x.split(1)]
+    assert torch.equal(together.kept, torch.cat([one.kept for one in alone]))
+    assert torch.equal(together.into, torch.cat([one.into for one in alone]))
+
+
 def test_self_attention_alone_sees_fewer_tokens(randomize_block):
     block = randomize_block(TransformerBlock(32, 16, 2))
     x, context = torch.randn(2, 16, 32), torch.randn(2, 5, 16)

@@ -293,7 +293,9 @@ def test_a_machine_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_machine_with_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert choose_device("auto") == GPU
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda:1")
+    assert choose_device("cuda:0") == torch.device("cuda:0")
     assert choose_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(LdmError, match="device cuda:9: this machine has 2 CUDA GPUs; use cuda:0 to cuda:1"):
         choose_device("cuda:9")

@@ -104,3 +104,13 @@ def test_phases_grow_with_what_they_do():
 def test_this_machine_tells_what_is_free():
     free = available_memory(CPU)
     assert free is None or 0 < free < 2**50
+
+
+@pytest.mark.parametrize(("share", "expected"), [(1.0, 500 + 300 - 200), (0.5, 1000 // 2 - 200)])
+def test_what_torch_keeps_of_a_gpu_is_free_to_it_up_to_its_share(monkeypatch, share: float, expected: int):
+    told = {"mem_get_info": (500, 1000), "memory_reserved": 300, "memory_allocated": 200}
+    told |= {"get_per_process_memory_fraction": share}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, value in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert available_memory(torch.device("cuda:0")) == expected
