@@ -43,7 +43,7 @@ def generate(command: TaskCommand) -> None:
             depth = _estimated(command.depth_model, picture(command.image))
             groups = {key: [request.changed(depth=depth) for request in group] for key, group in groups.items()}
         given = with_decoder(command.model) if isinstance(command, Variations) else command.model
-        plain = load_plain(given, watch, command.details, requests)
+        plain = load_plain(given, watch, command.details, requests, adapted=any(groups))
         task = _task_of(command)
         for rule in plain.origin.rules if command.output.verbose else ():
             to_stderr(f"model: {rule}")
@@ -96,7 +96,7 @@ def with_decoder(model: Model) -> Model:
 
 def load_model(model: Model, watch: Stopwatch) -> LatentDiffusion:
     """The model with all that its flags name."""
-    loaded = load_plain(model, watch)
+    loaded = load_plain(model, watch, adapted=bool(model.lora))
     if model.lora:
         from ldm.apps.adapters import read_adapters
 
@@ -106,18 +106,25 @@ def load_model(model: Model, watch: Stopwatch) -> LatentDiffusion:
 
 
 def load_plain(
-    model: Model, watch: Stopwatch, details: Details | None = None, requests: Sequence[GenerateRequest] = ()
+    model: Model,
+    watch: Stopwatch,
+    details: Details | None = None,
+    requests: Sequence[GenerateRequest] = (),
+    *,
+    adapted: bool = False,
 ) -> LatentDiffusion:
     """Import torch and all that is ours, then load the model, without its adapters; its helpers are in `details`.
 
     requests: whose pictures are to fit into memory; none: those of the model's own size
+    adapted:  whether adapters will be put on, which are to fit too
     """
     import ldm.tasks  # noqa: F401 - for its time to count as imports
 
     watch.mark("imports")
     prior = None if details is None else details.asking.prior
     given = model if prior is None else with_decoder(model)
-    loaded = _loaded(given, requests, 0 if details is None else _bytes_beside(details, model.models))
+    beside = 0 if details is None else _bytes_beside(details, model.models)
+    loaded = _loaded(given, requests, beside, adapted=adapted)
     if prior is not None:
         loaded = loaded.with_prior(prior)
     if model.embedding:
@@ -153,8 +160,10 @@ def _bytes_beside(details: Details, models: Sequence[Path]) -> int:
     return sum(file.stat().st_size for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
 
 
-def _loaded(model: Model, requests: Sequence[GenerateRequest] = (), beside: int = 0) -> LatentDiffusion:
-    from ldm.pipeline.load import load
+def _loaded(
+    model: Model, requests: Sequence[GenerateRequest] = (), beside: int = 0, *, adapted: bool = False
+) -> LatentDiffusion:
+    from ldm.pipeline.load import Room, load
 
     if model.compile:
         from ldm.models.compiled import check_compiler
@@ -171,8 +180,7 @@ def _loaded(model: Model, requests: Sequence[GenerateRequest] = (), beside: int 
         prediction=None if model.prediction == "auto" else model.prediction,
         vae_tile=model.vae_tile,
         offload=model.offload,
-        requests=requests,
-        beside=beside,
+        room=Room(requests, beside, adapted),
         allow_pickle=model.allow_pickle,
         models=model.models or None,
     )

@@ -160,7 +160,9 @@ def _drawn_by(
 ) -> Iterator[tuple[Cell, Result]]:
     """Load one model and draw its cells. `done` cells came before."""
     requests = [cell.request for cell in cells]
-    plain = _attempt(partial(load_plain, given, watch, command.details, requests))
+    plain = _attempt(
+        partial(load_plain, given, watch, command.details, requests, adapted=any(cell.wanted for cell in cells))
+    )
     model_hash = None
     if command.cells is not None and not isinstance(plain, LdmError):
         model_hash = hash_in_background(plain.origin.path)

@@ -474,6 +474,8 @@ class Plan:
     """1 asks the network once a step and not twice."""
     image: bool = False
     """Begin with a picture."""
+    lora: bool = False
+    """With adapters, which may change every matrix: those are held as they were, too."""
     vae_tile: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
     """Decode in tiles of this side."""
     offload: Literal["none", "parts", "blocks"] = "none"

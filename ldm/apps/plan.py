@@ -87,6 +87,7 @@ def work_of(command: Plan) -> tuple[Work, str]:
         batch=min(request.count, batch_size(request)),
         guided=command.guidance != 1,
         from_picture=command.image,
+        adapted=command.lora,
         vae_tile=command.vae_tile,
         offload=command.offload,
     )

@@ -207,7 +207,8 @@ def _loaded(command: Redo, model: Model, request: GenerateRequest, watch: Stopwa
     groups, adapters = with_their_adapters([request], model)
     controls = Controls(control=command.control, control_image=command.control_image)
     details = Details(asking=Asking(prior=command.prior), controls=controls, refining=Refining(refiner=command.refiner))
-    return adapted(load_plain(model, watch, details, [request]), next(iter(groups)), adapters)
+    wanted = next(iter(groups))
+    return adapted(load_plain(model, watch, details, [request], adapted=bool(wanted)), wanted, adapters)
 
 
 def mismatches(model: LatentDiffusion, digest: str | None, found: Metadata, remake: Remake) -> Iterator[str]:

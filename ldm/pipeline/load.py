@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -57,6 +57,20 @@ PREFIXES: Mapping[PartKind, str] = {"unet": UNET, "vae": FIRST_STAGE, "text enco
 """The parts that may come from files of their own, and where a checkpoint has them."""
 
 
+@dataclass(frozen=True)
+class Room:
+    """For what a GPU's memory is to suffice.
+
+    requests: of whose pictures one at a time has to fit; none: one of the model's own size
+    beside:   bytes of other networks: ControlNets, a refiner
+    adapted:  whether adapters will change weights, which are then there twice, changed and as they were
+    """
+
+    requests: Sequence[GenerateRequest] = ()
+    beside: int = 0
+    adapted: bool = False
+
+
 def load(
     path: str | Path | None = None,
     *,
@@ -68,8 +82,7 @@ def load(
     prediction: PredictionType | Literal["probe"] | None = None,
     vae_tile: int | None = None,
     offload: Offload | Literal["auto"] = "auto",
-    requests: Sequence[GenerateRequest] = (),
-    beside: int = 0,
+    room: Room | None = None,
     allow_pickle: bool = False,
     models: Sequence[str | Path] | None = None,
 ) -> LatentDiffusion:
@@ -84,9 +97,8 @@ def load(
     vae_tile:     the side of tiles, in positions, in which the autoencoder works, with the same result and less memory;
                   None: where it would not fit otherwise
     offload:      what waits in the machine's memory while a GPU does not use it, see `Offload`; "auto": as little as
-                  has to for one picture to fit
-    requests:     whose pictures have to; none: one of the model's own size
-    beside:       how many bytes of the device's memory other networks will take: ControlNets, a refiner, a prior
+                  has to for the pictures of `room`
+    room:         for what a GPU's memory is to suffice; None: one picture of the model's own size
     allow_pickle: whether .ckpt, .pt and .bin are read, by a reader that runs nothing that is in them
     models:       folders with model files, laid out as by other programs; None: those that `LDM_MODELS` lists
 
@@ -127,7 +139,7 @@ def load(
             from ldm.pipeline.plan import Work, choose_offload
 
             drawn = Work(config, source.tensors, place, precision, config.size, config.size, vae_tile=vae_tile)
-            offload, why = choose_offload(drawn, requests, beside)
+            offload, why = choose_offload(drawn, room or Room())
             rules.extend([f"offload: {offload} ({why})"] if why else [])
     fill(networks, source, place if offload == "none" else torch.device("cpu"), precision, runs_on=place)
     if prediction == "probe":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from ldm.models.tiled import decode_tiled
 from ldm.pipeline.device import Precision, available_memory
 from ldm.pipeline.first_stage import TILE
 from ldm.pipeline.live_memory import META, live_memory
-from ldm.pipeline.load import fill
+from ldm.pipeline.load import Room, fill
 from ldm.pipeline.prepare import size_of
 from ldm.pipeline.request import GenerateRequest
 from ldm.types import Conditioning
@@ -56,6 +56,7 @@ class Work:
     from_picture:  whether a picture is encoded first
     vae_tile:      the side of tiles to decode in, None: whole
     offload:       what waits beside the device
+    adapted:       whether adapters change its weights, which are then there twice, changed and as they were
     """
 
     config: SystemConfig
@@ -69,6 +70,7 @@ class Work:
     from_picture: bool = False
     vae_tile: int | None = None
     offload: Offload = "none"
+    adapted: bool = False
 
 
 def tensors_of(config: SystemConfig, dtype: str = "F16") -> dict[str, TensorInfo]:
@@ -97,6 +99,8 @@ def plan_drawing(work: Work) -> tuple[Phase, ...]:
             fill(networks, unread(work.tensors), META, work.precision)
         each = networks.by_prefix().values() if work.offload == "none" else ()
         staying = sum(tensor.nbytes for network in each for tensor in weights_of(network))
+        if work.offload == "none" and work.adapted:
+            staying += sum(tensor.nbytes for tensor in _adapted(networks))
     with live_memory(work.device) as memory, torch.no_grad():
 
         def ended(name: str, besides: int = RUNNING + KEPT_BACK) -> None:
@@ -105,6 +109,7 @@ def plan_drawing(work: Work) -> tuple[Phase, ...]:
 
         if not on_gpu:
             fill(networks, unread(work.tensors), work.device, work.precision)
+        changed = [torch.empty_like(tensor) for tensor in _adapted(networks)] if work.adapted and not on_gpu else []
         ended("load", LOADING)
         cond = _told(networks, work)
         ended("text", RUNNING)
@@ -130,6 +135,7 @@ def plan_drawing(work: Work) -> tuple[Phase, ...]:
             pixels = autoencoder.decode(latent)
         pixels.float().clamp(-1, 1)
         ended("decode")
+        del changed
     return tuple(phases)
 
 
@@ -138,26 +144,24 @@ def peak(phases: Iterable[Phase]) -> int:
     return max(phase.peak for phase in phases)
 
 
-def choose_offload(work: Work, requests: Sequence[GenerateRequest] = (), beside: int = 0) -> tuple[Offload, str]:
+def choose_offload(work: Work, room: Room) -> tuple[Offload, str]:
     """The fastest way to draw that fits into what is free of a GPU's memory, and why it is taken, "" for the first.
 
-    work:     of the model's own size, for where there are no requests
-    requests: of whose pictures the largest one has to fit, by itself; it is decoded in tiles where it must be
-    beside:   the bytes of other networks, which stay on the GPU like these, or wait like these
-
-    On a CPU, where nothing is elsewhere, and where the system does not tell, it is "none".
+    work: of a picture of the model's own size, for where `room` has no requests; it is decoded in tiles where it must
+    be. On a CPU, where nothing is elsewhere, and where the system does not tell, it is "none".
     """
     free = available_memory(work.device)
-    if requests:
-        sizes = (_largest_pass(request, work.config.size) for request in requests)
+    if room.requests:
+        sizes = (_largest_pass(request, work.config.size) for request in room.requests)
         width, height = max(sizes, key=lambda size: size[0] * size[1])
-        work = replace(work, width=width, height=height, guided=any(request.guidance != 1 for request in requests))
-    work = replace(work, vae_tile=work.vae_tile or TILE)
-    if work.device.type != "cuda" or free is None or _plenty(work) + beside <= FILLED * free:
+        guided = any(request.guidance != 1 for request in room.requests)
+        work = replace(work, width=width, height=height, guided=guided)
+    work = replace(work, vae_tile=work.vae_tile or TILE, adapted=room.adapted)
+    if work.device.type != "cuda" or free is None or _plenty(work) + room.beside <= FILLED * free:
         return "none", ""
     found, more = OFFLOADS[0], list[str]()
     for found in OFFLOADS:
-        takes = peak(plan_drawing(replace(work, offload=found))) + (beside if found == "none" else 0)
+        takes = peak(plan_drawing(replace(work, offload=found))) + (room.beside if found == "none" else 0)
         if takes <= FILLED * free:
             break
         more.append(f"{found} takes {takes / 2**30:.1f} GiB")
@@ -172,9 +176,15 @@ def _largest_pass(request: GenerateRequest, side: int) -> tuple[int, int]:
 
 
 def _plenty(work: Work) -> int:
-    """More bytes than drawing takes, for sure, and found at once: the weights twice, and room for the pixels."""
+    """More bytes than drawing takes, for sure, and found at once: the weights once too often, and room for pixels."""
     weights = sum(info.count for info in work.tensors.values()) * work.precision.unet.itemsize
-    return 2 * weights + 8192 * work.width * work.height * work.batch
+    return (3 if work.adapted else 2) * weights + 8192 * work.width * work.height * work.batch
+
+
+def _adapted(networks: Networks) -> list[Tensor]:
+    """The weights that adapters may change: matrices and convolutions of the U-Net and of the text towers."""
+    changing = (networks.unet, *networks.text)
+    return [tensor for network in changing for tensor in network.parameters() if tensor.dim() > 1]
 
 
 def _present(network: Anything, work: Work) -> Anything:

@@ -267,7 +267,9 @@ def test_a_model_is_loaded_once_and_an_adapter_put_on_once(tiny_file, folder, mo
     one, two = tiny_file(tiny(sd1())), tiny_file(tiny(sd1(in_channels=9)))
     loaded, put_on = [], []
     load, adapted = grids.load_plain, grids.adapted
-    monkeypatch.setattr(grids, "load_plain", lambda *given: (loaded.append(given[0].file.name), load(*given))[1])
+    monkeypatch.setattr(
+        grids, "load_plain", lambda *given, **asked: (loaded.append(given[0].file.name), load(*given, **asked))[1]
+    )
     monkeypatch.setattr(
         grids, "adapted", lambda *given: (put_on.append([use.unet for use in given[1]]), adapted(*given))[1]
     )

@@ -25,7 +25,7 @@ from ldm.pipeline import plan, sample
 from ldm.pipeline.device import Precision
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.live_memory import DEVICE, LiveMemory, no_scratch
-from ldm.pipeline.load import load, random_system
+from ldm.pipeline.load import Room, load, random_system
 from ldm.pipeline.picture import Picture
 from ldm.pipeline.plan import Phase, Work, tensors_of
 from ldm.pipeline.request import Control, GenerateRequest
@@ -243,29 +243,33 @@ def test_a_gpu_gets_as_little_as_has_to_wait(monkeypatch, free: float, expected:
     half = Precision(torch.float16, torch.float16, torch.float16)
     work = Work(config, tensors_of(config), torch.device("cuda"), half, 1024, 1024)
     monkeypatch.setattr(plan, "available_memory", lambda device: int(free * 2**30))
-    offload, why = plan.choose_offload(work)
+    offload, why = plan.choose_offload(work, Room())
     assert offload == expected
     assert why == "" if expected == "none" else "none takes " in why and f"{free} GiB are free" in why
 
 
 @pytest.mark.parametrize(
-    ("asked", "beside", "expected"),
+    ("asked", "beside", "adapted", "expected"),
     [
-        ([], 0, "none"),
-        ([], 3, "parts"),
-        ([{}], 3, "parts"),
-        ([{"width": 512, "height": 512}], 3, "none"),
-        ([{"width": 512, "height": 512}, {}], 3, "parts"),
-        ([{"width": 512, "height": 512}, {"highres": {"scale": 2.0}}], 0, "blocks"),
-        ([{"width": 512, "height": 512, "highres": {"scale": 2.0}}], 2, "none"),
+        ([], 0, False, "none"),
+        ([], 0, True, "parts"),
+        ([], 3, False, "parts"),
+        ([{}], 3, False, "parts"),
+        ([{"width": 512, "height": 512}], 3, False, "none"),
+        ([{"width": 512, "height": 512}, {}], 3, False, "parts"),
+        ([{"width": 512, "height": 512}, {"highres": {"scale": 2.0}}], 0, False, "blocks"),
+        ([{"width": 512, "height": 512, "highres": {"scale": 2.0}}], 2, False, "none"),
     ],
 )
-def test_what_is_asked_for_and_what_is_beside_has_to_fit(monkeypatch, asked, beside: float, expected: Offload):
+def test_what_is_asked_for_and_what_is_beside_has_to_fit(
+    monkeypatch, asked, beside: int, adapted: bool, expected: Offload
+):
     """Of 10 GiB 9 may be planned with; a picture of a million pixels takes 2 GiB, and the networks 5, 3 or 1."""
 
     def planned(work: Work) -> tuple[Phase, ...]:
         networks = {"none": 5, "parts": 3, "blocks": 1}[work.offload]
         assert work.vae_tile is not None  # it is decoded in tiles where it must be
+        networks += 5 if work.adapted and work.offload == "none" else 0
         return (Phase("denoise", networks * 2**30 + 2**11 * work.width * work.height),)
 
     config = tiny(sdxl())
@@ -275,7 +279,7 @@ def test_what_is_asked_for_and_what_is_beside_has_to_fit(monkeypatch, asked, bes
     monkeypatch.setattr(plan, "plan_drawing", planned)
     monkeypatch.setattr(plan, "_plenty", lambda work: 2**40)
     requests = [GenerateRequest(prompt="", **fields) for fields in asked]
-    assert plan.choose_offload(work, requests, int(beside * 2**30))[0] == expected
+    assert plan.choose_offload(work, Room(requests, beside * 2**30, adapted))[0] == expected
 
 
 def test_a_model_goes_to_wait_and_comes_back():

@@ -83,6 +83,21 @@ def test_loading_holds_every_weight_once_and_a_window_of_the_file():
     assert mapped == pytest.approx(4 * numbers, rel=1e-3)  # nothing is copied
 
 
+def test_adapters_leave_what_they_change_as_it_was():
+    config = tiny(sd2())
+    model = random_system(config)
+    changing = [p for network in (model.unet, *model.text) for p in network.parameters() if p.dim() > 1]
+    plain, adapted = (plan_drawing(work(config, "float32", adapted=given)) for given in (False, True))
+    for one, other in zip(plain[1:], adapted[1:], strict=True):  # loading holds a window of the file besides
+        assert other.peak - one.peak == sum(p.nbytes for p in changing)
+    on_gpu = replace(work(config, "float32"), device=torch.device("cuda"), adapted=True)
+    waiting = replace(on_gpu, offload="parts")
+    assert plan_drawing(waiting) == plan_drawing(replace(waiting, adapted=False))
+    assert peak(plan_drawing(on_gpu)) - peak(plan_drawing(replace(on_gpu, adapted=False))) == sum(
+        p.nbytes for p in changing
+    )
+
+
 def test_phases_grow_with_what_they_do():
     config = tiny(sdxl())
     plain = {phase.name: phase.peak for phase in plan_drawing(work(config, "float32", width=256, height=256))}
