@@ -80,6 +80,8 @@ class Model:
     offload: Literal["auto", "none", "parts", "blocks"] = "auto"
     """What waits in the machine's memory while a GPU does not use it: nothing, whole networks, or all but one block of
     the U-Net. auto: as little as has to."""
+    store: Literal["full", "int8"] = "full"
+    """int8: the U-Net's weights are kept in bytes, which takes half the memory and changes pictures a little."""
     vae_tile: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
     """Encode and decode in tiles of this side: the same picture with less memory. By default where it must be."""
 

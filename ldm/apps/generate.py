@@ -140,6 +140,7 @@ def load_plain(
             dtype=model.dtype,
             vae_tile=model.vae_tile,
             offload=model.offload,
+            store=model.store,
             compile=model.compile,
         )
         loaded = loaded.with_refiner(_loaded(other, requests))
@@ -180,6 +181,7 @@ def _loaded(
         prediction=None if model.prediction == "auto" else model.prediction,
         vae_tile=model.vae_tile,
         offload=model.offload,
+        store=model.store,
         room=Room(requests, beside, adapted),
         allow_pickle=model.allow_pickle,
         models=model.models or None,

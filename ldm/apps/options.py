@@ -480,6 +480,8 @@ class Plan:
     """Decode in tiles of this side."""
     offload: Literal["none", "parts", "blocks"] = "none"
     """What waits in the machine's memory while a GPU does not use it: whole networks, or all but a block."""
+    store: Literal["full", "int8"] = "full"
+    """How the U-Net keeps its weights: as they are computed with, or in bytes."""
     budget: Annotated[str | None, arg(metavar="SIZE", help_behavior_hint="")] = None
     """What it may take, as 6GB. By default what is free."""
     device: Annotated[str, arg(metavar="D")] = "auto"

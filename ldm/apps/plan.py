@@ -90,6 +90,7 @@ def work_of(command: Plan) -> tuple[Work, str]:
         adapted=command.lora,
         vae_tile=command.vae_tile,
         offload=command.offload,
+        store=command.store,
     )
     return work, name
 
@@ -133,7 +134,10 @@ def others_than(work: Work) -> Iterator[Other[Work]]:
     if work.batch > 1:
         yield Other("--count 1", "pictures one after another, which takes a little longer", replace(work, batch=1))
     gpu = work.device.type != "cpu"
-    for offload in OFFLOADS[OFFLOADS.index(work.offload) + 1 :] if gpu else ():
+    if work.store == "full":
+        cost = "pictures change a little; steps take longer"
+        yield Other("--store int8", cost, replace(work, store="int8"))
+    for offload in OFFLOADS[OFFLOADS.index(work.offload) + 1 :] if work.device.type == "cuda" else ():
         yield Other(f"--offload {offload}", OFFLOAD_COSTS[offload], replace(work, offload=offload))
     # On a GPU, where tiles hold still less, what waits beside it would be counted with it.
     if work.vae_tile is None and not gpu and max(work.width, work.height) > TILE:

@@ -224,6 +224,8 @@ def mismatches(model: LatentDiffusion, digest: str | None, found: Metadata, rema
         yield f"dtype: is {dtype}, but the picture's was {shown(told)}; see --dtype"
     if (compiled := model.compiler is not None) != (told := record.get("compiled", False)):
         yield f"compiled: is {compiled}, but the picture's was {shown(told)}; see --compile"
+    if (told := record.get("store", "full")) != model.store:
+        yield f"store: is {model.store}, but the picture's was {shown(told)}; see --store"
     prior = () if model.prior is None else model.prior.parts
     others = (*model.origin.parts, *prior, *(() if model.refiner is None else model.refiner.origin.as_refiner))
     parts = [{"kind": part.kind, "name": part.name, "hash": part.hash} for part in others]

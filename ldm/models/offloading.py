@@ -80,6 +80,11 @@ def _visiting(plain: type[nn.Module]) -> type[nn.Module]:
     return type(plain.__name__, (plain,), {"forward": forward, "__module__": plain.__module__})
 
 
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """The blocks that nearly all weights of a denoising network are in."""
+    return [module for module in network.modules() if type(module) in BLOCKS]
+
+
 def is_on(found: torch.device, device: torch.device) -> bool:
     """Whether two devices are one: "cuda" is the first GPU, as where nobody chose another."""
     return found.type == device.type and (found.index or 0) == (device.index or 0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm.layers.convolution import fastest_layout
+from ldm.layers.in_bytes import in_bytes, made_of
 from ldm.layers.sharing import Network, copy_with
 from ldm.weights.adapters.apply import Use, changed, plan
 from ldm.weights.adapters.read import Adapter
@@ -45,9 +46,19 @@ def with_adapters(model: LatentDiffusion, choices: Iterable[AdapterChoice]) -> L
         prefix + name: tensor for prefix, network in networks.items() for name, tensor in network.named_parameters()
     }
     tensors |= model.originals
-    changes = plan(model.config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, uses)
+    shapes = {_weight_of(name): tuple(tensor.shape) for name, tensor in tensors.items() if not _is_scale(name)}
+    changes = plan(model.config, shapes, uses)
     new = {name: tensors[name] for name in model.originals}
-    new |= {name: fastest_layout(changed(tensors[name], those), model.device) for name, those in changes.items()}
+    touched = set[str]()
+    for name, those in changes.items():
+        if name in tensors:
+            given = {name: fastest_layout(changed(tensors[name], those), model.device)}
+        else:
+            codes, scale = (name.removesuffix("weight") + part for part in ("codes", "scale"))
+            weight = made_of(tensors[codes], tensors[scale])
+            given = dict(zip((codes, scale), in_bytes(changed(weight, those)), strict=True))
+        touched |= given.keys()
+        new |= given
     unet, *text = (_with(network, _under(new, prefix)) for prefix, network in networks.items())
     return replace(
         model,
@@ -56,8 +67,18 @@ def with_adapters(model: LatentDiffusion, choices: Iterable[AdapterChoice]) -> L
         adapters=tuple(
             AppliedAdapter(use.adapter.name, use.adapter.hash, float(use.unet), float(use.text)) for use in uses
         ),
-        originals={name: tensors[name] for name in changes},
+        originals={name: tensors[name] for name in touched},
     )
+
+
+def _weight_of(name: str) -> str:
+    """The name of the weight that a parameter is, or holds in bytes."""
+    return name.removesuffix("codes") + "weight" if name.endswith(".codes") else name
+
+
+def _is_scale(name: str) -> bool:
+    """Whether a parameter says how large weights in bytes are."""
+    return name.endswith(".scale")
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

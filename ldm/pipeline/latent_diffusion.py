@@ -17,6 +17,7 @@ from torch import Tensor
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.schedule import NOISE_SCHEDULES, NoiseSchedule, zero_terminal_snr
 from ldm.errors import LdmError
+from ldm.layers.in_bytes import Store
 from ldm.layers.sharing import Network
 from ldm.models.compiled import Backend, BlockCompiler, check_compiler
 from ldm.models.controlnet import ControlNet
@@ -90,6 +91,7 @@ class LatentDiffusion:
     vae_tile:   the autoencoder works in tiles of this side, with the same result; None: where there is no other way
     compiler:   what compiled its networks, see `compiled`
     offload:    what waits beside the device, see `offloaded`
+    store:      how the U-Net's blocks keep their weights, see `load`
     """
 
     config: SystemConfig
@@ -111,6 +113,7 @@ class LatentDiffusion:
     vae_tile: int | None = None
     compiler: BlockCompiler | None = None
     offload: Offload = "none"
+    store: Store = "full"
 
     @cached_property
     def schedule(self) -> NoiseSchedule:

@@ -18,7 +18,8 @@ from torch import Tensor
 from ldm.diffusion.schedule import NOISE_SCHEDULES
 from ldm.errors import LdmError
 from ldm.layers.convolution import fastest_layout
-from ldm.models.offloading import Offload, block_by_block, check_offload, here
+from ldm.layers.in_bytes import Store, full_state, in_bytes, keep_in_bytes, layers_in_bytes
+from ldm.models.offloading import Offload, block_by_block, blocks_of, check_offload, here
 from ldm.models.presets import Family, PredictionType, SystemConfig
 from ldm.models.tiled import check_tile
 from ldm.models.unet import UNet
@@ -34,6 +35,7 @@ from ldm.weights.layout import FIRST_STAGE, TEXT, UNET, Comparison, Networks, bu
 from ldm.weights.part import is_part, rest_path, with_rest
 from ldm.weights.save import save_networks
 from ldm.weights.source import Source, open_source, with_part
+from ldm.weights.tiny_autoencoder import whole_tiny
 
 if TYPE_CHECKING:
     from ldm.models.text_encoder import CLIPText, OpenCLIPText
@@ -83,6 +85,7 @@ def load(
     vae_tile: int | None = None,
     offload: Offload | Literal["auto"] = "auto",
     room: Room | None = None,
+    store: Store = "full",
     allow_pickle: bool = False,
     models: Sequence[str | Path] | None = None,
 ) -> LatentDiffusion:
@@ -90,7 +93,8 @@ def load(
 
     path:         a file in any layout that `open_source` reads, a diffusers folder, or a name to look for in `models`;
                   None: the file that `LDM_MODEL` names, else the model that ships with this package
-    vae, unet, text_encoder: files to take these parts from instead (SDXL may be given two text encoders)
+    vae, unet, text_encoder: files to take these parts from instead (SDXL may be given two text encoders); `vae` may be
+                  a tiny autoencoder's, of latents with as many channels
     device:       "auto" (a CUDA GPU, else the CPU), "cpu", "cuda", "cuda:1", "mps"
     dtype:        "auto", "float32", "bfloat16" or "float16"; see `choose_precision`
     prediction:   overrides what the file says of itself; "probe" runs an SD 2.x U-Net once to find out
@@ -99,6 +103,8 @@ def load(
     offload:      what waits in the machine's memory while a GPU does not use it, see `Offload`; "auto": as little as
                   has to for the pictures of `room`
     room:         for what a GPU's memory is to suffice; None: one picture of the model's own size
+    store:        "int8": the weights of the U-Net's blocks are kept in bytes, which takes half the memory of half
+                  precision and changes pictures a little
     allow_pickle: whether .ckpt, .pt and .bin are read, by a reader that runs nothing that is in them
     models:       folders with model files, laid out as by other programs; None: those that `LDM_MODELS` lists
 
@@ -119,6 +125,8 @@ def load(
     others: list[OtherPart] = []
     for kind, given in _parts(unet, vae, text_encoder):
         part = open_source(locate(kind, given, roots), allow_pickle=allow_pickle)
+        if kind == "vae":
+            part = whole_tiny(part, allow_pickle=allow_pickle)
         source = with_part(source, PREFIXES[kind], part)
         rules.append(f"{kind}: from {printable(str(part.path))}")
         others.append(OtherPart(kind, part.path))
@@ -133,12 +141,20 @@ def load(
     if not comparison.fits:
         raise _error(source, _misfit(comparison, config.family))
     precision = choose_precision(dtype, place, config.family)
+    warnings = warnings_of(detection, comparison)
+    if config.tiny_autoencoder is not None:
+        precision = replace(precision, autoencoder=precision.unet)  # it overflows nowhere
+        if vae_tile is not None:
+            warnings = (*warnings, "--vae-tile: the tiny autoencoder takes little memory, and works whole all the same")
+    if store == "int8":
+        keep_in_bytes(blocks_of(networks.unet))
     if offload == "auto":
         offload = "none"
         if place.type == "cuda":
             from ldm.pipeline.plan import Work, choose_offload
 
-            drawn = Work(config, source.tensors, place, precision, config.size, config.size, vae_tile=vae_tile)
+            side = config.size
+            drawn = Work(config, source.tensors, place, precision, side, side, vae_tile=vae_tile, store=store)
             offload, why = choose_offload(drawn, room or Room())
             rules.extend([f"offload: {offload} ({why})"] if why else [])
     fill(networks, source, place if offload == "none" else torch.device("cpu"), precision, runs_on=place)
@@ -158,10 +174,11 @@ def load(
         dtype=precision.unet,
         vae_tile=vae_tile,
         offload=offload,
+        store=store,
         origin=Origin(
             path=source.path,
             rules=(*describe(detection), *rules, f"device: {place} ({precision})"),
-            warnings=warnings_of(detection, comparison),
+            warnings=warnings,
             parts=tuple(others),
         ),
     )
@@ -216,6 +233,8 @@ def save_checkpoint(
     extra: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a model as one .safetensors file that `load` and other programs read; see `save_networks`."""
+    if model.store != "full":
+        raise LdmError("store int8: this model's weights were rounded to a byte; load it without, and save that one")
     towers = cast("tuple[OpenCLIPText | CLIPText, ...]", model.text)
     networks = Networks(
         model.config, model.unet, model.autoencoder, towers, model.image, model.augmentor, model.image_tokens
@@ -282,11 +301,16 @@ def fill(
     """
     for prefix, network in networks.by_prefix().items():
         dtype = {UNET: precision.unet, FIRST_STAGE: precision.autoencoder}.get(prefix, precision.text)
-        names = [prefix + name for name in network.state_dict()]
-        state = {
-            name.removeprefix(prefix): fastest_layout(tensor.to(device=device, dtype=dtype), runs_on)
-            for name, tensor in source.read(names)
-        }
+        kept = {f"{prefix}{name}.weight" for name, _ in layers_in_bytes(network)}
+        state = dict[str, Tensor]()
+        for name, tensor in source.read([prefix + name for name in full_state(network)]):
+            own = name.removeprefix(prefix)
+            tensor = fastest_layout(tensor.to(device=device, dtype=dtype), runs_on)
+            if name in kept:
+                stem = own.removesuffix("weight")
+                state[stem + "codes"], state[stem + "scale"] = in_bytes(tensor)
+            else:
+                state[own] = tensor
         network.load_state_dict(state, strict=True, assign=True)
         network.eval().requires_grad_(False)
 

@@ -44,8 +44,9 @@ class Metadata:
 
     format:     "PNG", "JPEG" or "WEBP"; size: (width, height) in pixels
     parameters: AUTOMATIC1111's text
-    record:     ours: {"version", "request", "model", "model_hash", "parts", "dtype", "compiled", "batch", "notes",
-                "adapters", "embeddings"}; its request as `GenerateRequest.record`. All but `request` may hold anything
+    record:     ours: {"version", "request", "model", "model_hash", "parts", "dtype", "compiled", "store", "batch",
+                "notes", "adapters", "embeddings"}; its request as `GenerateRequest.record`. All but `request` may hold
+                anything
     graph:      ComfyUI's
     notes:      a line for each thing that was found and not read
     """

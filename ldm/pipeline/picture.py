@@ -16,6 +16,7 @@ from typing import Any, cast
 from PIL import Image, PngImagePlugin
 
 from ldm import __version__
+from ldm.layers.in_bytes import Store
 from ldm.pipeline import infotext
 from ldm.pipeline.adapters import AppliedAdapter
 from ldm.pipeline.exif import JPEG_LIMIT, KEYWORD, exif_bytes
@@ -60,6 +61,7 @@ class Picture:
     embeddings: (name, SHA-256 of the file) of those that the prompts name
     parts: those of the model that are not its own file's
     compiled: whether the networks' blocks were, which rounds otherwise
+    store:    how the U-Net kept its weights
     """
 
     image: Image.Image
@@ -75,6 +77,7 @@ class Picture:
     parts: tuple[OtherPart, ...] = ()
     batch: tuple[int, int] = (0, 1)
     compiled: bool = False
+    store: Store = "full"
 
     def save(self, path: str | Path, *, model_hash: str | None = None) -> Path:
         """Write a picture with all metadata at `path`, or at path-2, path-3 ... where that is taken. Returns the path.
@@ -115,6 +118,7 @@ def record_of(picture: Picture, model_hash: str | None = None) -> dict[str, Any]
         "parts": [{"kind": part.kind, "name": part.name, "hash": part.hash} for part in picture.parts],
         "dtype": picture.dtype,
         "compiled": picture.compiled,
+        "store": picture.store,
         "batch": list(picture.batch),
         "notes": list(picture.notes),
         "adapters": [asdict(adapter) for adapter in picture.adapters],

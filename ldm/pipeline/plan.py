@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ldm.layers.in_bytes import Store, keep_in_bytes
 from ldm.layers.sharing import copy_on, weights_of
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.offloading import OFFLOADS, Anything, Offload, block_by_block
+from ldm.models.offloading import OFFLOADS, Anything, Offload, block_by_block, blocks_of
 from ldm.models.presets import SystemConfig
 from ldm.models.tiled import decode_tiled
 from ldm.pipeline.device import Precision, available_memory
@@ -56,6 +57,7 @@ class Work:
     from_picture:  whether a picture is encoded first
     vae_tile:      the side of tiles to decode in, None: whole
     offload:       what waits beside the device
+    store:         how the U-Net's blocks keep their weights
     adapted:       whether adapters change its weights, which are then there twice, changed and as they were
     """
 
@@ -70,6 +72,7 @@ class Work:
     from_picture: bool = False
     vae_tile: int | None = None
     offload: Offload = "none"
+    store: Store = "full"
     adapted: bool = False
 
 
@@ -94,6 +97,8 @@ def plan_drawing(work: Work) -> tuple[Phase, ...]:
     """
     phases: list[Phase] = []
     networks, staying = build(work.config), 0
+    if work.store == "int8":
+        keep_in_bytes(blocks_of(networks.unet))
     if on_gpu := work.device.type != "cpu":  # where the file's pages are not counted
         with META:
             fill(networks, unread(work.tensors), META, work.precision)

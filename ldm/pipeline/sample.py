@@ -232,6 +232,7 @@ def _batch(
             embeddings=_embeddings(model, request),
             batch=(index, count),
             compiled=model.compiler is not None,
+            store=last.model.store,
             parts=_parts(model, last.model, request),
         )
 

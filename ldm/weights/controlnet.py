@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ldm.errors import LdmError
 from ldm.layers.convolution import fastest_layout
+from ldm.layers.in_bytes import full_state
 from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.presets import TEXT_WIDTHS
 from ldm.models.unet import UNet, UNetConfig
@@ -158,7 +159,7 @@ def _base_tensors(source: Source, base: UNet | None) -> dict[str, Tensor]:
         return {}
     if base is None:
         raise LdmError("holds differences to a U-Net's weights; give the model that it is for")
-    return base.state_dict()
+    return full_state(base)
 
 
 def _check_names(source: Source, network: ControlNet) -> None:
