@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.models.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 
 
 class PixelBlocks(nn.Module):
@@ -48,9 +49,11 @@ class PixelBlocks(nn.Module):
         return details if self._known is None else details + self._known
 
 
-FirstStage: TypeAlias = AutoencoderKL | PixelBlocks
+FirstStage: TypeAlias = AutoencoderKL | PixelBlocks | TinyAutoencoder
 
 
-def first_stage(config: AutoencoderConfig) -> FirstStage:
+def first_stage(config: AutoencoderConfig | TinyAutoencoderConfig) -> FirstStage:
     """What stands between pictures and latents in a system."""
+    if isinstance(config, TinyAutoencoderConfig):
+        return TinyAutoencoder(config)
     return AutoencoderKL(config) if config.base_channels else PixelBlocks(config)

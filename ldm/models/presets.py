@@ -21,6 +21,7 @@ from typing import Literal
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.image_encoder import ImageConfig
 from ldm.models.text_encoder import TextConfig
+from ldm.models.tiny_autoencoder import TinyAutoencoderConfig
 from ldm.models.tokenizer import END
 from ldm.models.unet import UNetConfig
 
@@ -70,6 +71,7 @@ class SystemConfig:
     sizes_in_vector: how many size and crop numbers follow the pooled text in `Conditioning.vector` (SDXL 6, refiner 5).
     image: where the vector is made of a picture.
     clip_image: the image tower that was trained with the first text tower, where a file of ours brings it too.
+    tiny_autoencoder: what encodes and decodes instead of `autoencoder`, which still says what the latents are.
     """
 
     family: Family
@@ -83,6 +85,7 @@ class SystemConfig:
     sizes_in_vector: int = 0
     image: ImageUse | None = None
     clip_image: ImageConfig | None = None
+    tiny_autoencoder: TinyAutoencoderConfig | None = None
 
 
 TEXT_WIDTHS: Mapping[int, str] = {

@@ -15,6 +15,7 @@ from torch import Tensor
 from ldm.diffusion.noise import PerImageNoise
 from ldm.diffusion.state import finish_state, noised
 from ldm.errors import LdmError
+from ldm.models.tiny_autoencoder import TinyAutoencoder
 from ldm.pipeline.first_stage import decode
 from ldm.pipeline.images import MAX_PIXELS, to_image
 from ldm.pipeline.latent_diffusion import LatentDiffusion
@@ -27,11 +28,13 @@ def second_pass(first: Stage, show: Show) -> Stage:
     """The pass that `request.highres` asks for after this one. Its prompt is told anew: for its size, over its steps.
 
     Each picture's noise is the noise of its seeds at the new size. show: as of `txt2img_job`. Raises `LdmError` where
-    the larger size is none, or is beyond 16 Mpx.
+    the larger size is none, or is beyond 16 Mpx, or an autoencoder without an encoder is to enlarge the picture.
     """
     model, request = first.model, _larger(first.request)
     highres = request.highres
     assert highres is not None and request.width is not None and request.height is not None
+    if isinstance(model.autoencoder, TinyAutoencoder) and highres.upscale != "latent":
+        model.autoencoder.checked_encoder()  # now, and not when the first pass is done
     tell, _ = show(model, request)
     steps = highres.steps or request.steps
     sigmas = last_steps(sigmas_for(model, request, steps=steps), whole_steps(highres.strength, steps))

@@ -11,13 +11,15 @@ be there is missing or has the wrong rank.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
-from itertools import count
+from itertools import count, pairwise
 
 from ldm.errors import LdmError
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.image_encoder import ImageConfig
 from ldm.models.text_encoder import TextConfig
+from ldm.models.tiny_autoencoder import TinyAutoencoderConfig
 from ldm.models.unet import UNetConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -70,6 +72,8 @@ def autoencoder_config(shapes: Shapes) -> AutoencoderConfig:
         channels = _size(shapes, "deviation", 1, 0)
         levels = max(0, round(math.log(channels / 3, 4)))
         return AutoencoderConfig(0, (1,) * (levels + 1), res_blocks=0, latent_channels=channels, norm_groups=1)
+    if is_tiny_autoencoder(shapes):
+        raise LdmError("its first stage is a tiny autoencoder; expected a KL autoencoder, as Stable Diffusion's own")
     if any(name.startswith("quantize.") for name in shapes):
         raise LdmError("its first stage has a codebook (VQ); only KL autoencoders are read")
     base = _size(shapes, "encoder.conv_in.weight", 4, 0)
@@ -83,6 +87,26 @@ def autoencoder_config(shapes: Shapes) -> AutoencoderConfig:
         latent_channels=_size(shapes, "decoder.conv_in.weight", 4, 1),
         image_channels=_size(shapes, "encoder.conv_in.weight", 4, 1),
         norm_groups=math.gcd(32, base, *widths),
+    )
+
+
+def is_tiny_autoencoder(shapes: Shapes) -> bool:
+    """Whether a first stage is a tiny one, or half of one: its first blocks tell."""
+    return "decoder.3.conv.0.weight" in shapes or "encoder.1.conv.0.weight" in shapes
+
+
+def tiny_autoencoder_config(shapes: Shapes) -> TinyAutoencoderConfig:
+    """The config of a tiny autoencoder in TAESD's names: what stands between its decoder's single convolutions."""
+    if not any(name.startswith("decoder.") for name in shapes):
+        raise LdmError("is the encoder of a tiny autoencoder without its decoder; name the decoder's file")
+    found = (re.fullmatch(r"decoder\.(\d{1,3})\.weight", name) for name in shapes)
+    single = sorted(int(match[1]) for match in found if match)
+    blocks = [sum(f"decoder.{layer}.conv.0.weight" in shapes for layer in range(*ends)) for ends in pairwise(single)]
+    return TinyAutoencoderConfig(
+        channels=_size(shapes, "decoder.1.weight", 4, 0),
+        blocks=tuple(reversed(blocks)),
+        latent_channels=_size(shapes, "decoder.1.weight", 4, 1),
+        encoder=any(name.startswith("encoder.") for name in shapes),
     )
 
 

@@ -20,12 +20,21 @@ from ldm.models.unet import UNetConfig
 CONFIG_KEY = "ldm.config"
 """The metadata key that holds the JSON."""
 
+NOT_WRITTEN = (
+    "no checkpoint is written with a tiny autoencoder, which other programs do not look for in one; leave its --vae"
+    " away here, and give it where pictures are drawn"
+)
+"""What is said where it is tried."""
+
 Record = TypeVar("Record")
 
 
 def config_to_json(config: SystemConfig) -> str:
-    """One line of JSON with every field."""
-    return json.dumps(asdict(config))
+    """One line of JSON with every field that goes into a file. Raises LdmError for a system that does not."""
+    fields = asdict(config)
+    if fields.pop("tiny_autoencoder") is not None:
+        raise LdmError(NOT_WRITTEN)
+    return json.dumps(fields)
 
 
 def config_from_json(text: str) -> SystemConfig:

@@ -16,13 +16,16 @@ from ldm.errors import LdmError
 from ldm.models import presets
 from ldm.models.presets import ImageUse, PredictionType, SystemConfig, TextUse
 from ldm.models.text_encoder import TextConfig
+from ldm.models.tiny_autoencoder import TinyAutoencoderConfig
 from ldm.models.unet import UNetConfig
 from ldm.weights.architecture import (
     Shapes,
     autoencoder_config,
     clip_config,
     image_config,
+    is_tiny_autoencoder,
     open_clip_config,
+    tiny_autoencoder_config,
     under,
     unet_config,
 )
@@ -30,7 +33,8 @@ from ldm.weights.config_json import CONFIG_KEY, check_config, config_from_json
 from ldm.weights.io import printable
 from ldm.weights.layout import AUGMENTOR, FIRST_STAGE, IMAGE, UNET, image_prefix, text_prefix
 from ldm.weights.prediction import Decision, decide
-from ldm.weights.source import Source
+from ldm.weights.source import MADE_FOR, Source
+from ldm.weights.tiny_autoencoder import LATENTS
 
 Config = TypeVar("Config")
 Number = TypeVar("Number", int, float)
@@ -44,7 +48,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("diffusers U-Net", r"^(down_blocks|add_embedding|time_embedding)\."),
     ("diffusers autoencoder", r"^(encoder|decoder)\.(down|up)_blocks\."),
     ("U-Net alone", r"^input_blocks\.0\.0\.weight$"),
-    ("autoencoder alone", r"^(encoder|decoder)\.conv_in\.weight$"),
+    ("autoencoder alone", r"^(encoder|decoder)\.conv_in\.weight$|^((en|de)coder\.)?[13]\.conv\.0\.weight$"),
     ("text encoder alone", r"^(text_model|transformer\.resblocks)\."),
     ("textual-inversion embedding", r"^(emb_params|emp_params|clip_[lg]|string_to_param(\..*)?|\*|<.*>)$"),
 )
@@ -143,7 +147,7 @@ def _detect(source: Source, prediction: PredictionType | None) -> Detection:
         family_rule=rule,
         prediction_rule=chosen.rule,
         notes=_notes(source, config),
-        warnings=_warnings(chosen, found),
+        warnings=_warnings(source, config, found),
     )
 
 
@@ -154,10 +158,11 @@ def _config_of_ours(source: Source) -> SystemConfig:
     told = config.unet
     unet = replace(unet, heads=told.heads, head_width=told.head_width, cross_only=told.cross_only, dropout=told.dropout)
     _agree("unet", told, unet)
-    told = config.autoencoder
-    autoencoder = _read(autoencoder_config, source.shapes, FIRST_STAGE)
-    scaling = {"scale_factor": told.scale_factor, "shift_factor": told.shift_factor}
-    _agree("autoencoder", told, replace(autoencoder, norm_groups=told.norm_groups, **scaling))
+    config, told = replace(config, tiny_autoencoder=_tiny(source.shapes, config)), config.autoencoder
+    if config.tiny_autoencoder is None:
+        autoencoder = _read(autoencoder_config, source.shapes, FIRST_STAGE)
+        scaling = {"scale_factor": told.scale_factor, "shift_factor": told.shift_factor}
+        _agree("autoencoder", told, replace(autoencoder, norm_groups=told.norm_groups, **scaling))
     for index, use in enumerate(config.text):
         told = use.tower
         tower = _tower(source.shapes, text_prefix(config, index), told)
@@ -190,19 +195,33 @@ def _config_of_others(source: Source) -> tuple[SystemConfig, str]:
             break
     else:
         raise LdmError("its text encoder is of a kind that is not known; expected CLIP-L or OpenCLIP")
-    first_stage = _read(autoencoder_config, shapes, FIRST_STAGE)
-    first_stage = replace(first_stage, scale_factor=_number(facts, "scale_factor", preset.autoencoder.scale_factor))
+    preset = replace(preset, tiny_autoencoder=_tiny(shapes, preset))
+    if preset.tiny_autoencoder is None:
+        first_stage = _read(autoencoder_config, shapes, FIRST_STAGE)
+        scale = _number(facts, "scale_factor", preset.autoencoder.scale_factor)
+        preset = replace(preset, autoencoder=replace(first_stage, scale_factor=scale))
     text = tuple(
         _use(use, _tower(shapes, text_prefix(preset, index), use.tower), facts, f"text.{index}")
         for index, use in enumerate(preset.text)
     )
-    config = replace(preset, unet=_with_heads(unet, facts), autoencoder=first_stage, text=text, image=_image(shapes))
+    config = replace(preset, unet=_with_heads(unet, facts), text=text, image=_image(shapes))
     _check_widths(config)
     try:
         check_config(config)
     except ValueError as error:
         raise LdmError(f"what its config files say does not fit its tensors: {error}") from None
     return config, f"text encoder under {mark[:-1]}"
+
+
+def _tiny(shapes: Shapes, config: SystemConfig) -> TinyAutoencoderConfig | None:
+    """The tiny autoencoder that a file has in place of a system's own, whose latents it must be for."""
+    if not is_tiny_autoencoder(under(shapes, FIRST_STAGE)):
+        return None
+    tiny, latents = _read(tiny_autoencoder_config, shapes, FIRST_STAGE), config.autoencoder
+    found, expected = (f"{c.latent_channels} channels at 1/{c.downsampling} of the size" for c in (tiny, latents))
+    if found != expected:
+        raise LdmError(f"the tiny autoencoder is for latents with {found}, those of {config.family} have {expected}")
+    return tiny
 
 
 def _tower(shapes: Shapes, prefix: str, expected: TextConfig) -> TextConfig:
@@ -310,6 +329,9 @@ def _notes(source: Source, config: SystemConfig) -> tuple[str, ...]:
         notes.append("EMA weights present: using the ordinary ones")
     if CONFIG_KEY not in source.metadata and not _published_heads(config.unet):
         notes.append("the number of attention heads is a guess: no published model has these widths")
+    if (tiny := config.tiny_autoencoder) is not None:
+        whose = source.facts.get(MADE_FOR, "SD or SDXL, no tensor or name tells which")
+        notes.append(f"tiny autoencoder: with{'' if tiny.encoder else 'out'} an encoder, made for {whose}")
     return tuple(notes)
 
 
@@ -317,7 +339,13 @@ def _published_heads(unet: UNetConfig) -> bool:
     return unet.heads == 8 or unet.head_width == 64
 
 
-def _warnings(chosen: Decision, found: Decision) -> tuple[str, ...]:
-    if chosen.prediction == found.prediction:
-        return ()
-    return (f"{chosen.prediction}-prediction was asked for, but the file says {found.prediction} ({found.rule})",)
+def _warnings(source: Source, config: SystemConfig, found: Decision) -> tuple[str, ...]:
+    warnings = []
+    if config.prediction != found.prediction:
+        said = f"the file says {found.prediction} ({found.rule})"
+        warnings.append(f"{config.prediction}-prediction was asked for, but {said}")
+    latents = LATENTS[config.family]
+    if config.tiny_autoencoder is not None and source.facts.get(MADE_FOR, latents) != latents:
+        whose = source.facts[MADE_FOR]
+        warnings.append(f"the tiny autoencoder is made for {whose} by its name, these latents are {latents}")
+    return tuple(warnings)

@@ -20,6 +20,7 @@ from ldm.weights.hashes import OWN_HASHES
 from ldm.weights.io import TensorInfo, printable
 from ldm.weights.layout import CLIP, FIRST_STAGE, TEXT, UNET
 from ldm.weights.rename import (
+    TINY,
     Names,
     autoencoder_names_of,
     join,
@@ -86,7 +87,7 @@ def read_component(raw: Source) -> Source:
         case "unet":
             return replace(renamed_component(raw, UNET), layout="diffusers U-Net", facts=_unet_facts(config))
         case "vae":
-            facts = _first_stage_facts(config)
+            facts = {} if TINY in raw.tensors else _first_stage_facts(config)
             return replace(renamed_component(raw, FIRST_STAGE), layout="diffusers autoencoder", facts=facts)
         case "text_encoder":
             home = CLIP if _is_open_clip(raw, config) else CLIP_L
@@ -175,6 +176,7 @@ def _kind(raw: Source) -> str | None:
     marks = {
         "conv_out.weight": "unet",
         "decoder.conv_norm_out.weight": "vae",
+        TINY: "vae",
         "text_model.final_layer_norm.weight": "text_encoder",
         "final_layer_norm.weight": "text_encoder",
     }

@@ -64,14 +64,14 @@ def write_folder(
     Raises LdmError where the path is taken, a tensor is missing, or their classes cannot hold such a system.
     """
     held = held_config(config)
-    index, parts = _pipeline(held), _parts(held)
+    index, parts, described = _pipeline(held), _parts(held), config_to_json(held)
     used = {prefix + name for prefix, names in parts.values() for name in names}
     if missing := sorted(used - source.tensors.keys()):
         raise LdmError(f"{len(missing)} tensors are missing, the first is {missing[0]}; nothing was written")
     with creating(path) as folder:
         for name, (prefix, names) in parts.items():
             (folder / name).mkdir()
-            extra = {**(metadata or {}), CONFIG_KEY: config_to_json(held)} if name == "unet" else {}
+            extra = {**(metadata or {}), CONFIG_KEY: described} if name == "unet" else {}
             extra = {key: value for key, value in extra.items() if key not in DROPPED_METADATA}
             part = theirs(source, prefix, names)
             stem = "model" if name.startswith("text") else "diffusion_pytorch_model"

@@ -24,7 +24,7 @@ MODELS_VARIABLE = "LDM_MODELS"
 FOLDERS: dict[Kind, tuple[str, ...]] = {
     "checkpoint": ("Stable-diffusion", "checkpoints", "diffusers"),
     "lora": ("Lora", "LyCORIS", "loras"),
-    "vae": ("VAE", "vae"),
+    "vae": ("VAE", "vae", "VAE-taesd", "vae_approx"),
     "controlnet": ("ControlNet", "controlnet"),
     "embedding": ("embeddings",),
     "unet": ("unet", "diffusion_models"),

@@ -124,7 +124,8 @@ def build(config: SystemConfig) -> Networks:
     try:
         with torch.device("meta"), _Unfilled():
             text = tuple(text_tower(use.tower) for use in config.text)
-            networks = Networks(config, UNet(config.unet), first_stage(config.autoencoder), text)
+            autoencoder = first_stage(config.tiny_autoencoder or config.autoencoder)
+            networks = Networks(config, UNet(config.unet), autoencoder, text)
             if (use := config.image) is None:
                 return networks
             width = use.tower.projection

@@ -8,6 +8,7 @@ off the other layout's names and shapes too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
@@ -156,7 +157,9 @@ def unet_names_of(shapes: Shapes) -> Names:
 
 
 def autoencoder_names_of(shapes: Shapes) -> Names:
-    """The map for a KL autoencoder in diffusers' names, also in those that its attention had before version 0.17."""
+    """The map for an autoencoder in diffusers' names, of a KL one also in those that its attention had before 0.17."""
+    if TINY in shapes:
+        return {_tiny_name(name): Piece((name,)) for name in shapes}
     back = _inverse(autoencoder_prefixes_of(shapes))
     for half in ("encoder.", "decoder."):
         for old, ours in FORMER_ATTENTION.items():
@@ -167,6 +170,16 @@ def autoencoder_names_of(shapes: Shapes) -> Names:
         return Piece((name,), "linear" if linear else "same")
 
     return {renamed(name, back): piece(name) for name in shapes}
+
+
+TINY = "decoder.layers.0.weight"
+"""A tensor that tells diffusers' AutoencoderTiny."""
+
+
+def _tiny_name(name: str) -> str:
+    """The name of a tensor of theirs in TAESD's own layout, where the clamp of latents is the decoder's layer 0."""
+    match = re.fullmatch(r"(encoder|decoder)\.layers\.(\d+)\.(.+)", name)
+    return f"{match[1]}.{int(match[2]) + (match[1] == 'decoder')}.{match[3]}" if match else name
 
 
 def unet_config_of(shapes: Shapes) -> UNetConfig:

@@ -39,6 +39,10 @@ SCALE_KEY = "ldm.scale_factor"
 """The metadata key of the latents' scale in a file that holds an autoencoder alone, of which no tensor tells it."""
 
 
+MADE_FOR = "made_for"
+"""The key of a fact, see `Source`."""
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """Tensors that can be read by name.
@@ -50,7 +54,8 @@ class Source:
     layout:   what it is on disk, in words: "single file", "shards", "pickle", "diffusers folder" ...
     facts:    what config files beside the tensors say, in our words (all are optional, all values strings):
               `prediction` eps, v or x0; `zero_terminal_snr` true or false; `size` the native side in pixels;
-              `scale_factor` of the latents; `heads` or `head_width` of the U-Net (one number);
+              `scale_factor` of the latents; `made_for`, whose latents a tiny autoencoder is for;
+              `heads` or `head_width` of the U-Net (one number);
               `text.N.heads`, `text.N.activation` and `text.N.skip` of text tower N, 0 or 1
     """
 
@@ -71,12 +76,20 @@ ALONE: tuple[tuple[str, str], ...] = (
     ("out.2.weight", UNET),
     ("decoder.norm_out.weight", FIRST_STAGE),
     ("ln_final.weight", CLIP),
+    ("1.conv.0.weight", f"{FIRST_STAGE}encoder."),
+    ("3.conv.0.weight", f"{FIRST_STAGE}decoder."),
+    ("decoder.3.conv.0.weight", FIRST_STAGE),
 )
-"""A tensor that tells which network a file of bare names holds, and the prefix that it has in a whole checkpoint."""
+"""A tensor that tells which network a file of bare names holds, and the prefix that it has in a whole checkpoint.
 
-DIFFUSERS = ("conv_out.weight", "decoder.conv_norm_out.weight", "text_model.final_layer_norm.weight",
-             "final_layer_norm.weight")  # fmt: skip
-"""A tensor that tells a U-Net, an autoencoder and a text tower (two spellings) of diffusers and transformers."""
+The last three are a tiny autoencoder's: the halves in a file each, of which the decoder alone begins with a layer
+without tensors, and both in one.
+"""
+
+DIFFUSERS = ("conv_out.weight", "decoder.conv_norm_out.weight", "decoder.layers.0.weight",
+             "text_model.final_layer_norm.weight", "final_layer_norm.weight")  # fmt: skip
+"""A tensor that tells a U-Net, an autoencoder, a tiny one and a text tower (two spellings) of diffusers and
+transformers."""
 
 
 def open_source(path: str | Path, *, allow_pickle: bool = False) -> Source:
@@ -177,7 +190,7 @@ def with_tensors(source: Source, other: Source) -> Source:
     return replace(source, tensors={**source.tensors, **other.tensors}, read=read)
 
 
-FACTS = {"text": TEXT, "scale_factor": FIRST_STAGE}
+FACTS = {"text": TEXT, "scale_factor": FIRST_STAGE, MADE_FOR: FIRST_STAGE}
 """The part that a fact is about, by its first word; any other is about the U-Net."""
 
 

@@ -12,18 +12,39 @@ from ldm.errors import LdmError
 from ldm.models import presets
 from ldm.models.controlnet import ControlNet
 from ldm.models.presets import TEXT_WIDTHS, SystemConfig
-from ldm.weights.architecture import autoencoder_config, clip_config, open_clip_config, under, unet_config
+from ldm.models.tiny_autoencoder import TinyAutoencoder
+from ldm.weights.architecture import (
+    autoencoder_config,
+    clip_config,
+    is_tiny_autoencoder,
+    open_clip_config,
+    tiny_autoencoder_config,
+    under,
+    unet_config,
+)
 from ldm.weights.config_json import CONFIG_KEY
 from ldm.weights.controlnet import DIFFERENCE, control_config, control_source, made_for
 from ldm.weights.detect import CHECKPOINT, FAMILIES, Detection, detect
 from ldm.weights.doctor.adapter import adapter_facts
-from ldm.weights.doctor.kinds import ADAPTER, CONTROLNET, EMBEDDING, PART
+from ldm.weights.doctor.kinds import ADAPTER, CONTROLNET, EMBEDDING, PART, TINY
 from ldm.weights.doctor.report import EmbeddingFacts, Finding, System
 from ldm.weights.embeddings import read_embeddings
 from ldm.weights.io import printable
-from ldm.weights.layout import CLIP, FIRST_STAGE, TEXT, UNET, Comparison, Networks, build, compare, compare_networks
+from ldm.weights.layout import (
+    CLIP,
+    FIRST_STAGE,
+    TEXT,
+    UNET,
+    Comparison,
+    Networks,
+    build,
+    compare,
+    compare_networks,
+    unfilled,
+)
 from ldm.weights.part import REST_KEY, REST_NAME, own_networks
 from ldm.weights.source import Source
+from ldm.weights.tiny_autoencoder import ENCODER, encoder_beside, whose_latents
 
 WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl", 1280: "sdxl-refiner", 192: "ldm"}
 """Width of the text that cross-attention reads -> family."""
@@ -113,6 +134,8 @@ def _unet(source: Source) -> Finding:
 
 
 def _autoencoder(source: Source) -> Finding:
+    if is_tiny_autoencoder(under(source.shapes, FIRST_STAGE)):
+        return _tiny_autoencoder(source)
     config = autoencoder_config(under(source.shapes, FIRST_STAGE))
     fit = _fit(source, replace(presets.sd1(), autoencoder=config), FIRST_STAGE)
     factor = 2 ** (len(config.channel_mult) - 1)
@@ -122,6 +145,19 @@ def _autoencoder(source: Source) -> Finding:
     if CONFIG_KEY in source.metadata:
         base = "models of this package"
     return Finding(base=base, fit=fit, problem=_misfit(fit))
+
+
+def _tiny_autoencoder(source: Source) -> Finding:
+    whose = whose_latents(source) or "SD or SDXL, no tensor or name tells which"
+    if all(name.startswith(ENCODER) for name in source.tensors):
+        return Finding(base=f"models of {whose}", variant=f"{TINY}, encoder alone: is read beside its decoder")
+    tiny = tiny_autoencoder_config(under(source.shapes, FIRST_STAGE))
+    fit = compare_networks(source.tensors, {FIRST_STAGE: unfilled(lambda: TinyAutoencoder(tiny))})
+    base = f"models with {tiny.latent_channels} latent channels at 1/{tiny.downsampling} of the size: of {whose}"
+    halves = "" if tiny.encoder else ", decoder alone"
+    beside = "" if encoder_beside(source) is None else ", with the encoder beside it"
+    variant = f"{TINY}{halves}{beside}: decodes in little time, less exactly"
+    return Finding(base=base, variant=variant, fit=fit, problem=_misfit(fit))
 
 
 def _said_of_scale(source: Source) -> str:

@@ -15,6 +15,9 @@ UNKNOWN = "unknown"
 PART = "decoder of CLIP image embeddings, without its autoencoder and CLIP"
 """What `ldm.weights.part` writes."""
 
+TINY = "tiny autoencoder (TAESD)"
+"""How the variant of an autoencoder that is one begins."""
+
 OTHERS: tuple[tuple[str, str], ...] = (
     ("ControlNet-LLLite", r"lllite_.+"),
     ("Control-LoRA", r"lora_controlnet"),
@@ -78,6 +81,10 @@ def readers(kind: str, *, layout: str, family: str | None, variant: str = "", ad
         return ("ldm", WEBUI, COMFYUI, DIFFUSERS)
     if kind == CONTROLNET:
         return ("ldm", WEBUI, COMFYUI, DIFFUSERS)
+    if variant.startswith(TINY):
+        if "diffusers" in layout:
+            return "ldm", DIFFUSERS
+        return ("ldm", WEBUI, COMFYUI) if "alone" in variant else ("ldm",)
     if kind.startswith("autoencoder"):
         return ("ldm", *(() if "diffusers" in layout else (WEBUI,)), COMFYUI, DIFFUSERS, KOHYA)
     if kind.startswith("U-Net"):
