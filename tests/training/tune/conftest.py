@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from shallow import shallow
 
 from ldm.data.picture_set import read_pictures
-from ldm.models.presets import sd1, tiny
+from ldm.models.presets import sd1
 from ldm.pipeline.load import load, random_system, save_checkpoint
 from ldm.training.adapter_options import AdapterOptions
 from ldm.training.engine.loop_config import LoopConfig
@@ -19,7 +20,7 @@ from ldm.training.tune.settings import Tuning
 @pytest.fixture
 def small_run(tmp_path: Path) -> Run:
     """A LoRA of a tiny model on three pictures, two steps."""
-    save_checkpoint(random_system(tiny(sd1())), tmp_path / "tiny.safetensors")
+    save_checkpoint(random_system(shallow(sd1())), tmp_path / "tiny.safetensors")
     (tmp_path / "pictures").mkdir()
     for name in ("red", "blue", "green"):
         Image.new("RGB", (64, 64), name).save(tmp_path / "pictures" / f"{name}.png")

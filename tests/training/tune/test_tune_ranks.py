@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from shallow import shallow
 from tune_ranks import METHODS, tune
 
-from ldm.models.presets import sd2, tiny
+from ldm.models.presets import sd2
 from ldm.pipeline.load import random_system, save_checkpoint
 
 HERE = Path(__file__).parent
@@ -25,7 +26,7 @@ HERE = Path(__file__).parent
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures, a model, and what two processes made of them. Its text tower has a last block that nothing reads."""
     folder = tmp_path_factory.mktemp("ranks")
-    save_checkpoint(random_system(tiny(sd2())), folder / "tiny.safetensors")
+    save_checkpoint(random_system(shallow(sd2())), folder / "tiny.safetensors")
     (folder / "pictures").mkdir()
     for name in ("red", "green", "blue", "white"):
         Image.new("RGB", (64, 64), name).save(folder / "pictures" / f"{name}.png")

@@ -11,10 +11,11 @@ import pytest
 import torch
 from accelerate import PartialState
 from PIL import Image
+from shallow import shallow
 
 from ldm.data.example import Defaults
 from ldm.data.picture_set import read_pictures
-from ldm.models.presets import sd1, tiny
+from ldm.models.presets import sd1
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import load, random_system, save_checkpoint
 from ldm.training.adapter_options import AdapterOptions
@@ -38,7 +39,7 @@ COLORS = ("red", "green", "blue", "white", "black", "gray")
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> LatentDiffusion:
     path = tmp_path_factory.mktemp("base") / "tiny.safetensors"
-    save_checkpoint(random_system(tiny(sd1())), path)
+    save_checkpoint(random_system(shallow(sd1())), path)
     return load(path, device="cpu", dtype="float32")
 
 
