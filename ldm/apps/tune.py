@@ -8,8 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from ldm.apps.check import buckets_of, defaults_of
 from ldm.apps.progress import progress_bar, to_stderr
 from ldm.apps.tune_checks import check_command, check_packages, check_pictures
@@ -23,7 +21,7 @@ from ldm.pipeline.load import load
 from ldm.training.adapter_options import AdapterOptions
 from ldm.training.engine.loop import Progress
 from ldm.training.engine.loop_config import LoopConfig, Precision
-from ldm.training.engine.precision import DTYPES, precision_on, slowness
+from ldm.training.engine.precision import precision_on, slowness
 from ldm.training.engine.ranks import first_rank_first, join, rank_and_ranks
 from ldm.training.tune.finish import Finished, finish
 from ldm.training.tune.objective import Noising
@@ -31,6 +29,7 @@ from ldm.training.tune.plan import Plan, duration, plan
 from ldm.training.tune.run import prepare_run
 from ldm.training.tune.run import tune as train
 from ldm.training.tune.settings import Tuning, check_base, usual_batch, usual_rate, usual_steps
+from ldm.training.tune.trained import base_dtype
 
 if TYPE_CHECKING:
     from ldm.apps.options import Tune
@@ -56,7 +55,8 @@ def tune(command: Tune) -> None:
     precision = precision_on(device, command.learning.precision)
     if (note := slowness(device, precision)) is not None:
         found = replace(found, notes=(*found.notes, note))
-    base = _base(command, tuning, device, precision)
+    dtype = base_dtype(tuning, device, precision)
+    base = load(command.base, device=device, dtype=dtype, offload="none", allow_pickle=command.allow_pickle)
     check_base(tuning, base.config)  # before the class is drawn
     tuning = replace(tuning, buckets=buckets_of(command.pictures, base.config.size))
     if tuning.method == "dreambooth" and tuning.defaults.regular is None:
@@ -215,12 +215,6 @@ def loop_of(command: Tune, tuning: Tuning, config: SystemConfig, pictures: int, 
         log_every=max(1, min(10, steps // 20)),
     )
 
-
-def _base(command: Tune, tuning: Tuning, device: torch.device, precision: Precision) -> LatentDiffusion:
-    """The model, in as few bytes as its method allows."""
-    whole = not tuning.by_adapter and tuning.method in ("full", "dreambooth")
-    dtype = torch.float32 if whole or device.type != "cuda" else DTYPES[precision]
-    return load(command.base, device=device, dtype=dtype, offload="none", allow_pickle=command.allow_pickle)
 
 
 def _plan_object(planned: Plan) -> dict[str, object]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ldm.data.buckets import usual_buckets
@@ -27,8 +28,10 @@ from ldm.pipeline.load import load
 from ldm.training.engine.loop import Progress, train
 from ldm.training.engine.loop_config import LoopConfig
 from ldm.training.engine.objective import Draw, step_generator
+from ldm.training.engine.precision import precision_on
 from ldm.training.tune.run import Run, prepare_run
 from ldm.training.tune.settings import Tuning, usual_batch, usual_rate
+from ldm.training.tune.trained import base_dtype
 
 Clock = Callable[[], float]
 DTYPES: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}
@@ -99,17 +102,18 @@ def _match(run: Run, output: Path, setting: Setting | None, theirs: Callable[[],
 
 def _ready(subject: Subject, here: Path, size: int, runs: int) -> Run:
     """A run on pictures of noise, as many as a batch has."""
-    base = load(subject.file, device=subject.device, dtype="float32")
+    device = torch.device(subject.device)
+    tuning = Tuning(here / "pictures", here / "out", held_out=0.0, cache=here / "cache", buckets=usual_buckets(size))
+    base = load(subject.file, device=device, dtype=base_dtype(tuning, device, precision_on(device)), offload="none")
     if base.config.sizes_in_vector or base.config.unet.in_channels != base.config.autoencoder.latent_channels:
         raise LdmError("bench: tuning is compared for models that are told a text alone; leave the part tune out")
-    batch, pictures = usual_batch(base.config), here / "pictures"
-    _write_pictures(pictures, batch, size)
-    tuning = Tuning(pictures, here / "out", held_out=0.0, cache=here / "cache", buckets=usual_buckets(size))
+    batch = usual_batch(base.config)
+    _write_pictures(tuning.pictures, batch, size)
     loop = LoopConfig(
         runs + 2, batch, usual_rate(tuning, base.config), warmup=1, ema=0.99, save_every=runs + 2,
         evaluate_every=runs + 2, log_every=10, workers=2,
     )  # fmt: skip
-    return prepare_run(tuning, read_pictures(pictures, tuning.defaults), base, lambda _: loop)
+    return prepare_run(tuning, read_pictures(tuning.pictures, tuning.defaults), base, lambda _: loop)
 
 
 def _write_pictures(folder: Path, count: int, size: int) -> None:

@@ -21,8 +21,7 @@ from ldm.evaluation.copies import CopyCheck, Places, check_copies
 from ldm.evaluation.verdict import Verdict, verdict
 from ldm.pipeline.clip import CLIP
 from ldm.pipeline.device import is_out_of_memory
-from ldm.pipeline.first_stage import encode
-from ldm.pipeline.images import LARGE_BYTES, read_shrunk, to_tensor
+from ldm.pipeline.images import LARGE_BYTES, read_picture, read_shrunk
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import load
 from ldm.pipeline.load_clip import load_clip
@@ -116,13 +115,16 @@ def _stages(run: Run, steps: Sequence[int]) -> tuple[Samples, ...]:
     rows = []
     for number, request in enumerate(run.samples.requests):
         paths = [paths[number] for paths in by_step]
-        rows.append(Samples(request.prompt, tuple(_opened(path) if path.exists() else None for path in paths)))
+        rows.append(Samples(request.prompt, tuple(_opened(path) for path in paths)))
     return tuple(rows)
 
 
-def _opened(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
+def _opened(path: Path) -> Image.Image | None:
+    """A sample that was drawn on the way; None where it is gone, or damaged."""
+    try:
+        return read_picture(path.read_bytes())
+    except (OSError, LdmError):
+        return None
 
 
 def _pairs(found: _Copies) -> tuple[Pair, ...]:
@@ -167,7 +169,7 @@ def tuned_model(run: Run) -> LatentDiffusion:
         return base.with_embeddings([*base.embeddings, *read_embeddings(path)])
     if run.tuning.method == "controlnet":
         return base.with_controls({CONTROL: path})
-    return load(path, device=base.device, dtype=base.dtype)
+    return load(path, device=base.device, dtype=base.dtype, offload=base.offload)
 
 
 def _by_clip(run: Run) -> tuple[CLIP, Tensor] | None:
@@ -210,7 +212,7 @@ def _copies(run: Run, model: LatentDiffusion, clip: CLIP | None) -> _Copies:
     if len(train) < 3:
         return _Copies(tuple(samples), train, None)
     drawn = Places(
-        torch.cat([_latent(model, image) for image in samples]),
+        torch.cat([model.latent_of(image).cpu() for image in samples]),
         None if clip is None else clip.image_vectors(samples).cpu(),
     )
     names = [picture.example.name for picture in train]
@@ -222,11 +224,6 @@ def _places(pictures: Sequence[Prepared], clip: CLIP | None) -> Places:
         return Places(torch.zeros(0))
     latents = torch.stack([picture.view(0)["latent"].float() for picture in pictures])
     return Places(latents, None if clip is None else clip.image_vectors([_shown(p) for p in pictures]).cpu())
-
-
-@torch.no_grad()
-def _latent(model: LatentDiffusion, image: Image.Image) -> Tensor:
-    return encode(model.autoencoder, to_tensor(image)[None]).cpu()
 
 
 def _shown(picture: Prepared) -> Image.Image:

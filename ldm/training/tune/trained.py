@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ldm.errors import LdmError
+from ldm.layers.in_bytes import full_state
 from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.text_encoder import TextTower
 from ldm.models.unet import UNet
@@ -83,12 +84,12 @@ def new_control(base: LatentDiffusion, seed: int) -> ControlNet:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         control = ControlNet(ControlNetConfig(unet=unet, hint_widths=widths))
-    given = base.unet.state_dict()
+    given = full_state(base.unet)
     with torch.no_grad():
         for name, parameter in control.named_parameters():
             if name in given:
                 parameter.copy_(given[name])
-    return control.to(base.device)
+    return control.to(base.device).eval()
 
 
 def _leave_what_is_not_read(model: LatentDiffusion) -> None:

@@ -81,3 +81,13 @@ def test_a_clip_that_fails_costs_no_verdict(small_run: Run, error: Exception, mo
     why = "no" if isinstance(error, LdmError) else "memory ran out"
     assert ended.verdict.sentences and ended.copies is not None
     assert f"What CLIP says of captions could not be looked at: {why}" in ended.notes
+
+
+def test_a_sample_that_is_gone_or_damaged_costs_no_verdict(small_run: Run):
+    tune(small_run)
+    first, last = (small_run.samples.paths(small_run.tuning.output, step) for step in (0, 2))
+    first[0].write_bytes(first[0].read_bytes()[:60])
+    first[1].unlink()
+    last[0].write_bytes(b"no picture")
+    ended = ended_of(small_run)
+    assert ended.verdict.sentences and "<html" in ended.report.read_text()
