@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from together import run_together
 
 import ldm.apps.clip_inputs
 from ldm.apps.cli import main
@@ -182,19 +180,7 @@ def test_the_english_hint(folder: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_ranks_of_a_launcher(tmp_path: Path) -> None:
     """Two processes with what a launcher tells them: each embeds its share, the first makes one index."""
     folder = gallery(tmp_path / "pictures", 30)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    arguments = [sys.executable, "-c", RANK, str(folder), str(ROOT), str(ROOT / "tests" / "search")]
-    runs = [
-        subprocess.Popen(
-            arguments, env={**os.environ, **told, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    answers = [run.communicate(timeout=300) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], answers
-    report = json.loads(answers[0][0])
+    first, second = run_together("-c", RANK, str(folder), str(ROOT), str(ROOT / "tests" / "search"))
+    report = json.loads(first)
     assert 0 < report["embedded"] < report["pictures"] == 30
-    assert answers[1][0] == b""
+    assert second == ""

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +9,7 @@ import torch
 from clip_ranks import CASES, LOOP, STOP_AT, joint_batch
 from safetensors.torch import load_file
 from test_clip import close, objective_of
+from together import run_together
 
 from ldm.errors import LdmError
 from ldm.training.engine.loop import train
@@ -26,23 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     for loss in ("softmax", "sigmoid"):
         torch.save(joint_batch(objective_of(loss)), folder / f"{loss}.pt")
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        port = str(held.getsockname()[1])
-    told = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    path = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
-    command = [sys.executable, str(HERE / "clip_ranks.py"), str(folder)]
-    started = [
-        subprocess.Popen(
-            command,
-            env=os.environ | told | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=500)[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], "\n".join(text[-3000:] for text in said)
+    run_together(str(HERE / "clip_ranks.py"), str(folder), folders=[HERE])
     return folder
 
 

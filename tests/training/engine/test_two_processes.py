@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from together import run_together
 from two_ranks import STOP_AT, TWICE, trained
 
 from ldm.training.engine.figures import read_figures
@@ -25,22 +22,7 @@ ALONE = replace(TWICE, accumulate=2 * TWICE.accumulate, workers=0)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes have left behind."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        port = str(held.getsockname()[1])
-    told = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    path = os.pathsep.join([str(HERE.parents[2]), str(HERE)])
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "two_ranks.py"), str(folder)],
-            env=os.environ | told | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=500)[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], "\n".join(text[-3000:] for text in said)
+    run_together(str(HERE / "two_ranks.py"), str(folder), folders=[HERE])
     return folder
 
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from shallow import shallow
+from together import run_together
 from tune_ranks import METHODS, tune
 
 from ldm.models.presets import sd2
@@ -31,24 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("red", "green", "blue", "white"):
         Image.new("RGB", (64, 64), name).save(folder / "pictures" / f"{name}.png")
         (folder / "pictures" / f"{name}.txt").write_text(name)
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        port = str(held.getsockname()[1])
-    told = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    path = os.pathsep.join([str(HERE.parents[2]), str(HERE)])
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "tune_ranks.py"), str(folder)],
-            env=os.environ | told | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=500) for process in started]
-    assert [process.returncode for process in started] == [0, 0], "\n".join(text[1][-3000:] for text in said)
-    assert said[1][0] == "", "the second process speaks too"
+    said = run_together(str(HERE / "tune_ranks.py"), str(folder), folders=[HERE])
+    assert said[1] == "", "the second process speaks too"
     return folder
 
 
