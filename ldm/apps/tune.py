@@ -216,7 +216,6 @@ def loop_of(command: Tune, tuning: Tuning, config: SystemConfig, pictures: int, 
     )
 
 
-
 def _plan_object(planned: Plan) -> dict[str, object]:
     sizes = {f"{width}x{height}": count for (width, height), count in planned.buckets.items()}
     return {**asdict(planned), "buckets": sizes}

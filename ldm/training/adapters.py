@@ -6,12 +6,10 @@ that kohya's scripts and LyCORIS train. The layers are peft's; here is which wei
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from ldm.errors import LdmError
 from ldm.layers.attention import attend
 from ldm.layers.convolution import Downsample, ResBlock, Upsample
+from ldm.layers.sharing import shared_copy
 from ldm.layers.transformer import SpatialTransformer
 from ldm.models.presets import TextUse
 from ldm.models.text_encoder import CLIPText, OpenCLIPAttention, OpenCLIPText
@@ -37,7 +36,6 @@ NAME = "default"
 
 Layer = nn.Linear | nn.Conv2d
 PeftLayer = LoraLayer | LoHaLayer | LoKrLayer
-Module = TypeVar("Module", bound=nn.Module)
 
 
 def add_adapter(model: LatentDiffusion, options: AdapterOptions, seed: int = 0) -> LatentDiffusion:
@@ -48,7 +46,7 @@ def add_adapter(model: LatentDiffusion, options: AdapterOptions, seed: int = 0) 
     model's dtype. Raises LdmError for a rank that is above a layer's smaller side, and for a model without attention
     over text, or without towers where `text_rank` is given.
     """
-    unet = _copied(model.unet)
+    unet = shared_copy(model.unet)
     layers = dict(_layers_in(unet, (SpatialTransformer,)))
     if not layers:
         raise LdmError("adapter: this model's U-Net has no attention over text to adapt; use another one")
@@ -105,15 +103,10 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     return layer
 
 
-def _copied(network: Module) -> Module:
-    """A network of the same tensors, to put layers into."""
-    return copy.deepcopy(network, {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())})
-
-
 def _adapted(tower: object, use: TextUse, options: AdapterOptions) -> OpenCLIPText | CLIPText:
     """A copy of a text tower with adapters in every block that is run; one behind these would learn nothing."""
     assert isinstance(tower, OpenCLIPText | CLIPText) and options.text_rank is not None
-    tower = _copied(tower)
+    tower = shared_copy(tower)
     if isinstance(tower, OpenCLIPText):
         for block in tower.transformer.resblocks:
             assert isinstance(block.attn, OpenCLIPAttention)

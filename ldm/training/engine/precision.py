@@ -5,6 +5,7 @@ Micikevicius et al. 2018: weights stay float32, and layers whose result bears it
 
 from __future__ import annotations
 
+import platform
 from dataclasses import replace
 
 import torch
@@ -37,8 +38,12 @@ def precision_on(device: torch.device, asked: Precision = "auto") -> Precision:
 
 
 def slowness(device: torch.device, asked: Precision) -> str | None:
-    """A line about a precision that was asked for and that the device has no instructions for; None where it has."""
-    if asked != "bf16" or multiplies_bfloat16(device):
+    """A line about a precision that was asked for and that the device has no instructions for; None where it has them.
+
+    Of Apple's GPUs and of CPUs other than x86 PyTorch does not tell, so that nothing is said of these.
+    """
+    told = device.type == "cuda" or (device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64"))
+    if asked != "bf16" or not told or multiplies_bfloat16(device):
         return None
     better = precision_on(device)
     return f"precision: bf16 was asked for, which this {device.type} emulates, many times slower; {better} is faster"

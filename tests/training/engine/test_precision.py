@@ -131,3 +131,12 @@ def test_this_cpu_is_known_as_its_kernel_knows_it() -> None:
         pytest.skip("no such list of instructions here")
     flags = told.read_text().partition("flags")[2].partition("\n")[0].split()
     assert multiplies_bfloat16(CPU) == bool({"avx512_bf16", "amx_tile"} & set(flags))
+
+
+def test_nothing_is_said_of_what_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert slowness(torch.device("mps"), "bf16") is None
+    for machine, said in (("arm64", False), ("aarch64", False), ("x86_64", True), ("AMD64", True)):
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+        assert (slowness(CPU, "bf16") is not None) == said
