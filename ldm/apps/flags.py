@@ -54,7 +54,7 @@ class Model:
     file: Annotated[Path | None, arg(name="model", metavar="FILE", help_behavior_hint="")] = None
     """SD 1.x, 2.x, SDXL or ours: a file, a diffusers folder, or a name in --models. By default the one that ships."""
     vae: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
-    """An autoencoder to use instead of the model's own."""
+    """An autoencoder to use instead of the model's own; a tiny one (TAESD) decodes in little time, less exactly."""
     unet: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """A U-Net to use instead of the model's own."""
     text_encoder: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FILE", help_behavior_hint="")] = ()
@@ -130,6 +130,12 @@ class Output:
     """Print a JSON object for each picture."""
     verbose: bool = False
     """Say what the model file was found to be, by which rule, and where the time went."""
+    preview: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A picture file that shows how far the pictures are, and is written anew every few steps."""
+    preview_vae: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None
+    """A tiny autoencoder (TAESD) that decodes for it; else its colours are right, and its details are not there."""
+    preview_every: Annotated[int, arg(metavar="N")] = 5
+    """After how many steps."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ldm.apps.controls import control_files
 from ldm.apps.fields import picture, requests_of
 from ldm.apps.flags import Details, Model
 from ldm.apps.options import Depth2Img, TaskCommand, Upscale, Variations
+from ldm.apps.previews import Preview, check_preview, preview_of
 from ldm.apps.progress import Bar, Stopwatch, progress_bar, to_stderr
 from ldm.errors import LdmError
 from ldm.pipeline.files import check_output, output_path, sha256_of
@@ -37,6 +38,7 @@ def generate(command: TaskCommand) -> None:
     watch = Stopwatch()
     requests = requests_of(command)
     check_output(command.output.output)
+    check_preview(command.output)
     with progress_bar(sum(request.count for request in requests)) as bar:
         groups, adapters = with_their_adapters(requests, command.model)
         if isinstance(command, Depth2Img) and command.depth_model is not None:
@@ -44,7 +46,7 @@ def generate(command: TaskCommand) -> None:
             groups = {key: [request.changed(depth=depth) for request in group] for key, group in groups.items()}
         given = with_decoder(command.model) if isinstance(command, Variations) else command.model
         plain = load_plain(given, watch, command.details, requests, adapted=any(groups))
-        task = _task_of(command)
+        task, preview = _task_of(command), preview_of(command.output, given, plain)
         for rule in plain.origin.rules if command.output.verbose else ():
             to_stderr(f"model: {rule}")
         model_hash = hash_in_background(plain.origin.path)
@@ -53,7 +55,7 @@ def generate(command: TaskCommand) -> None:
             model = adapted(plain, wanted, adapters)
             watch.mark("loading")
             for request in group:
-                for drawn in draw(model, request, bar, watch, done, task):
+                for drawn in draw(model, request, bar, watch, done, task, preview):
                     path = output_path(command.output.output, request.prompt, drawn.seed)
                     path = drawn.save(path, model_hash=model_hash.result())
                     watch.mark("saving")
@@ -220,10 +222,12 @@ def draw(
     watch: Stopwatch,
     done: int,
     task: Task | None = None,
+    preview: Preview | None = None,
 ) -> Iterator[Picture]:
     """The request's pictures as they come, the bar moving with the steps; `done` pictures came before.
 
-    task: by default what the request's fields ask for
+    task:    by default what the request's fields ask for
+    preview: where the steps are shown
     """
     from ldm.pipeline.sample import Progress
     from ldm.tasks import run
@@ -233,6 +237,9 @@ def draw(
             watch.mark("denoising" if event.done else "text")
             pictures = done + event.first + event.count * event.done / event.steps
             bar.at(f"{_shortened(request.prompt)}  step {event.done}/{event.steps}", pictures)
+            if preview is not None and event.step is not None:
+                preview.show(event.done, event.step.denoised)
+                watch.mark("previews")
             continue
         watch.mark("decoding")
         for note in event.notes:

@@ -34,7 +34,7 @@ from ldm.weights.io import printable
 from ldm.weights.layout import AUGMENTOR, FIRST_STAGE, IMAGE, UNET, image_prefix, text_prefix
 from ldm.weights.prediction import Decision, decide
 from ldm.weights.source import MADE_FOR, Source
-from ldm.weights.tiny_autoencoder import LATENTS
+from ldm.weights.tiny_autoencoder import LATENTS, check_latents
 
 Config = TypeVar("Config")
 Number = TypeVar("Number", int, float)
@@ -217,10 +217,8 @@ def _tiny(shapes: Shapes, config: SystemConfig) -> TinyAutoencoderConfig | None:
     """The tiny autoencoder that a file has in place of a system's own, whose latents it must be for."""
     if not is_tiny_autoencoder(under(shapes, FIRST_STAGE)):
         return None
-    tiny, latents = _read(tiny_autoencoder_config, shapes, FIRST_STAGE), config.autoencoder
-    found, expected = (f"{c.latent_channels} channels at 1/{c.downsampling} of the size" for c in (tiny, latents))
-    if found != expected:
-        raise LdmError(f"the tiny autoencoder is for latents with {found}, those of {config.family} have {expected}")
+    tiny = _read(tiny_autoencoder_config, shapes, FIRST_STAGE)
+    check_latents(tiny, config)
     return tiny
 
 

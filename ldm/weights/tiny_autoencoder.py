@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ldm.errors import LdmError
-from ldm.models.presets import Family
-from ldm.models.tiny_autoencoder import TinyAutoencoder
+from ldm.models.presets import Family, SystemConfig
+from ldm.models.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 from ldm.weights.architecture import is_tiny_autoencoder, tiny_autoencoder_config, under
 from ldm.weights.io import printable
 from ldm.weights.layout import FIRST_STAGE, compare_networks, unfilled
@@ -48,6 +48,14 @@ def whole_tiny(part: Source, *, allow_pickle: bool = False) -> Source:
             f"{printable(str(part.path))}: {len(wrong)} tensors do not fit a tiny autoencoder, the first: {first}"
         )
     return replace(part, facts={MADE_FOR: whose} if (whose := whose_latents(part)) else {})
+
+
+def check_latents(tiny: TinyAutoencoderConfig, system: SystemConfig) -> None:
+    """Raise LdmError where a tiny autoencoder is for latents of another shape than a system has."""
+    both = (tiny, system.autoencoder)
+    found, expected = (f"{c.latent_channels} channels at 1/{c.downsampling} of the size" for c in both)
+    if found != expected:
+        raise LdmError(f"the tiny autoencoder is for latents with {found}, those of {system.family} have {expected}")
 
 
 def encoder_beside(part: Source) -> Path | None:
