@@ -80,10 +80,10 @@ def _by_room(
     tiled: Callable[[int, bool], Tensor],
 ) -> tuple[Tensor, tuple[str, ...]]:
     """What `whole` gives, or `tiled`, and what to say of that. pictures: (B, 3, H, W), their size and dtype count."""
-    if tile is not None:
-        return tiled(tile, False), ()
     device = next(autoencoder.parameters()).device
     free, takes = available_memory(device), whole_takes(autoencoder, pictures)
+    if tile is not None:
+        return tiled(tile, free is not None and takes > free), ()
     if free is None or takes <= free:
         try:
             return whole(), ()

@@ -107,3 +107,15 @@ def test_a_model_that_works_in_tiles(tiny_file, tiles):
     assert tiles == [32]
     with pytest.raises(LdmError, match="vae_tile: found 8, expected 16 or more"):
         load(path, vae_tile=8)
+
+
+def test_asked_for_where_memory_is_short(autoencoder, tiles, monkeypatch):
+    whole, _ = decode(autoencoder, latents(autoencoder))
+    used, in_files = [], first_stage.in_files
+    monkeypatch.setattr(first_stage, "in_files", lambda: (used.append(True), in_files())[1])
+    decode(autoencoder, latents(autoencoder), 24)
+    assert not used
+    monkeypatch.setattr(first_stage, "available_memory", lambda _: 0)
+    tiled, notes = decode(autoencoder, latents(autoencoder), 24)
+    assert used == [True] and tiles == [24, 24] and not notes
+    assert torch.allclose(tiled, whole, atol=1e-5)
