@@ -21,7 +21,7 @@ def test_a_file_is_planned_as_json(tiny_file, capsys):
     assert told["peak"] == max(told["phases"].values()) and told["fits"] is False and told["room"] == 1
     assert (told["width"], told["height"], told["batch"]) == (64, 64, 4)
     flags = [other["flag"] for other in told["others"]]
-    assert flags == ["--dtype bfloat16", "--count 1", "--guidance 1"]  # no smaller size than 64
+    assert flags == ["--dtype bfloat16", "--count 1", "--store int8", "--guidance 1"]  # no smaller size than 64
     assert all(0 < other["peak"] <= told["peak"] for other in told["others"])
 
 

@@ -319,6 +319,9 @@ def test_sharded_weights_are_refused(flag: str, name: str, tmp_path: Path, monke
 def test_a_cpu_that_is_asked_for_is_taken_where_there_is_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
     PartialState._reset_state()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     assert join(torch.device("cpu")) == torch.device("cpu")
     with pytest.raises(LdmError, match="device: found cuda, but this process has begun on cpu; start it anew"):
         join(torch.device("cuda"))

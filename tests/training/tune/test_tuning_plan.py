@@ -18,7 +18,8 @@ def test_checkpointing_is_part_of_what_is_measured(small_run: Run, monkeypatch: 
     plainly = len(calls)
     calls.clear()
     plan(small_run.objective, small_run.loop, small_run.kept, 0, 1, less_memory=True)
-    assert 0 < 1.9 * plainly < len(calls) <= 2 * plainly  # once more for each block behind which something is trained
+    unlearned = 2  # forwards of the first block, before which there is no adapter: nothing is computed again for it
+    assert 0 < plainly and len(calls) == 2 * plainly - unlearned
     assert all(p.grad is None for p in small_run.objective.parameters())
     assert all("forward" not in vars(block) for block in small_run.objective.modules() if isinstance(block, ResBlock))
 
