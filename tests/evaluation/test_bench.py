@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm.errors import LdmError
 from ldm.evaluation import bench_diffusers, bench_ours
-from ldm.evaluation.bench import Entry, Plan, bench, play
+from ldm.evaluation.bench import Entry, Plan, Subject, bench, play
 from ldm.evaluation.bench_inputs import PLAIN, Setting, Work
 from ldm.evaluation.bench_process import Fresh, peak_bytes
 from ldm.evaluation.turns import Measured, error, in_turns, median_seconds, paired_ratio, psnr, timed
@@ -265,6 +265,23 @@ def test_tuning_takes_the_steps_that_diffusers_and_peft_take(tiny_file, monkeypa
         assert entry.ours > 0 and entry.theirs_best is not None and entry.theirs_default is not None
         assert entry.ratio == entry.theirs_best / entry.ours and entry.runs == 2
         assert entry.settings is not None and entry.settings["ours"] == "LoRA of rank 16, batch 2, float32"
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_tuning_on_a_gpu_loads_the_base_in_the_dtype_of_the_run(native, dtype, monkeypatch):
+    from ldm.training.tune.bench import bench_tuning
+
+    asked = []
+
+    def load(file: Path, **told: object) -> None:
+        asked.append((file, told))
+        raise LdmError("this far")
+
+    monkeypatch.setattr("ldm.training.engine.precision.multiplies_bfloat16", lambda _: native)
+    monkeypatch.setattr("ldm.training.tune.bench.load", load)
+    with pytest.raises(LdmError, match="this far"):
+        bench_tuning(Subject(Path("x"), None, TINY["sd15"], "cuda"), 64, 1)
+    assert asked == [(Path("x"), {"device": torch.device("cuda"), "dtype": dtype, "offload": "none"})]
 
 
 def test_tuning_is_measured_alone_without_diffusers(tiny_file, monkeypatch):

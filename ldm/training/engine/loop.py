@@ -72,8 +72,8 @@ def train(
     device = join(device)
     config = resolved(config, device)
     accelerator = _accelerator(config, device)
-    held = _held(output) if accelerator.is_main_process else nullcontext()
-    with held, stop_signal() as stop, learning(objective):
+    alone = held(output) if accelerator.is_main_process else nullcontext()
+    with alone, stop_signal() as stop, learning(objective):
         run = _run(objective, config, output, accelerator)
         start = resume(run)
         if run.first:
@@ -132,7 +132,7 @@ def _steps(
     run.accelerator.wait_for_everyone()
 
 
-def _held(output: Path) -> AbstractContextManager[None]:
+def held(output: Path) -> AbstractContextManager[None]:
     """The output folder, there and locked, so that no two runs write into it."""
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -84,6 +84,12 @@ def load_state(output: Path) -> RunState | None:
     return None
 
 
+def saved_facts(output: Path) -> dict[str, Any]:
+    """The facts of the newest save below OUTPUT, at the cost of its manifest alone; none where there is none."""
+    manifests = (_manifest(folder) for folder in _saves(output))
+    return next((told["facts"] for told in manifests if isinstance(told, dict) and "facts" in told), {})
+
+
 def load_best(output: Path) -> RunState | None:
     """The averaged weights that did best (`LoopConfig.best`) as tensors["ema"], and their step; None before any did."""
     return load_state(output / BEST)

@@ -26,7 +26,7 @@ from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import load
 from ldm.pipeline.load_clip import load_clip
 from ldm.pipeline.request import GenerateRequest
-from ldm.training.tune.measure import load_measured
+from ldm.training.tune.measure import load_measured, mark_of
 from ldm.training.tune.pictures import Prepared
 from ldm.training.tune.plan import Plan, duration, peak_memory
 from ldm.training.tune.report import Pair, Report, Samples, write_report
@@ -69,7 +69,7 @@ def finish(run: Run, planned: Plan, seconds: float) -> Finished:
     """
     missed: list[str] = []
     clip, similarity = _tried("What CLIP says of captions", lambda: _by_clip(run), missed) or (None, None)
-    measured = load_measured(run.tuning.output, run.loop.steps)
+    measured = load_measured(run.tuning.output, mark_of(run.objective), run.loop.steps)
     curves = replace(curves_of(run, measured), similarity=similarity)
     judged = verdict(curves)
     found = _tried("Whether samples are copies", lambda: _copies(run, tuned_model(run), clip), missed)

@@ -6,6 +6,8 @@ captions say does better with the right one.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,9 @@ from ldm.errors import LdmError
 from ldm.training.tune.objective import TuneObjective
 from ldm.weights.io import read_header, read_tensors
 from ldm.weights.save import write_tensors
+
+FACTS = "ldm.facts"
+"""The metadata entry with what `mark_of` says of the run that was measured."""
 
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Of all timesteps: where the network is asked."""
@@ -90,24 +95,39 @@ class Measured:
     held_out: Tensor
     held_out_swapped: Tensor
 
-    def save(self, folder: Path) -> None:
-        """Write it as FOLDER/measured/step-N.safetensors."""
+    def save(self, folder: Path, mark: str) -> None:
+        """Write it as FOLDER/measured/step-N.safetensors, with the mark of the run."""
         path = folder / "measured" / f"step-{self.step:08d}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         names = "train", "train_swapped", "held_out", "held_out_swapped"
-        write_tensors(path, {name: getattr(self, name) for name in names}, {})
+        write_tensors(path, {name: getattr(self, name) for name in names}, {FACTS: mark})
 
 
-def load_measured(folder: Path, until: int) -> list[Measured]:
-    """All that was measured up to a step, by step. Raises LdmError for a file that is damaged."""
-    found = []
+def mark_of(objective: TuneObjective) -> str:
+    """A digest of the run's facts: what was measured of another run cannot be held against this one's."""
+    return hashlib.sha256(json.dumps(objective.facts(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def measured_of_others(folder: Path, mark: str) -> list[Path]:
+    """Files with another mark than this, by step; one without any, as all once were, is taken for the run's."""
+    paths = sorted((folder / "measured").glob("step-*.safetensors"))
+    return [path for path in paths if read_header(path).metadata.get(FACTS, mark) != mark]
+
+
+def load_measured(folder: Path, mark: str, until: int) -> list[Measured]:
+    """All that was measured of the run of this mark up to a step, by step; without what other settings left there.
+
+    Raises LdmError for a file that is damaged.
+    """
+    found, others = [], measured_of_others(folder, mark)
     for path in sorted((folder / "measured").glob("step-*.safetensors")):
+        step = int(path.stem.removeprefix("step-"))
+        if step > until or path in others:
+            continue
         header = read_header(path)
         tensors = {name: tensor.clone() for name, tensor in read_tensors(header, header.tensors)}
-        step = int(path.stem.removeprefix("step-"))
-        if step <= until:
-            try:
-                found.append(Measured(step, **tensors))
-            except TypeError:
-                raise LdmError(f"{path}: is not what was measured there; remove it and resume the run") from None
+        try:
+            found.append(Measured(step, **tensors))
+        except TypeError:
+            raise LdmError(f"{path}: is not what was measured there; remove it and resume the run") from None
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,21 +17,33 @@ from ldm.errors import LdmError
 from ldm.evaluation.curves import Curves, figures
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.training.engine.figures import read_figures
-from ldm.training.engine.loop import Progress, train
+from ldm.training.engine.loop import Progress, held, train
 from ldm.training.engine.loop_config import LoopConfig, learning_rate
 from ldm.training.engine.memory_saving import checkpointed
-from ldm.training.engine.precision import resolved
+from ldm.training.engine.precision import DTYPES, resolved
 from ldm.training.engine.ranks import first_rank_first, rank_and_ranks
+from ldm.training.engine.state import check_facts, saved_facts
 from ldm.training.tune.cache import Cache
 from ldm.training.tune.captions import LiveCaptions, kept_captions, vary
 from ldm.training.tune.epochs import epochs_of
-from ldm.training.tune.measure import Measured, Question, load_measured, losses, question, timesteps
+from ldm.training.tune.measure import (
+    Measured,
+    Question,
+    load_measured,
+    losses,
+    mark_of,
+    measured_of_others,
+    question,
+    timesteps,
+)
 from ldm.training.tune.objective import TuneObjective
 from ldm.training.tune.pictures import Prepared, network_mark, prepare
 from ldm.training.tune.results import run_facts, step_of_result, write_result
 from ldm.training.tune.samples import Samples, samples_for
 from ldm.training.tune.settings import Tuning, buckets_for, check_base, held_out_numbers, text_share, weighing
 from ldm.training.tune.trained import Trained, trained_of
+
+log = logging.getLogger(__name__)
 
 PROBES = 16
 """At most so many pictures of each side are asked about at every look."""
@@ -102,7 +115,7 @@ def prepare_run(
         weighing=weighing(tuning, base.config),
         control=trained.control,
         text_share=text_share(tuning, loop.rate),
-        autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(loop.precision),
+        autocast=None if loop.precision == "no" else DTYPES[loop.precision],
         facts=_facts(tuning, base, pictures, held_out) | {"batch": loop.batch},
     )
     objective.to(base.device)
@@ -117,7 +130,11 @@ def tune(run: Run, progress: Callable[[Progress], None] | None = None) -> list[M
     Raises as `ldm.training.engine.loop.train` does.
     """
     objective, loop, folder = run.objective, run.loop, run.tuning.output
-    ranks = rank_and_ranks()[1]
+    rank, ranks = rank_and_ranks()
+    check_facts(folder, saved_facts(folder), objective.facts())  # before anything of another run is written over
+    mark = mark_of(objective)
+    if rank == 0 and (others := measured_of_others(folder, mark)):
+        log.warning("%s: %d measurements are of other settings, and are passed over", others[0].parent, len(others))
     chosen = [objective.pictures[i] for i in run.kept]
     told = run_facts(run.tuning, loop, run.base, chosen, len(run.held_out), ranks)
     own = [i for i in run.kept if not objective.pictures[i].example.regular]
@@ -125,8 +142,8 @@ def tune(run: Run, progress: Callable[[Progress], None] | None = None) -> list[M
 
     def look(folder: Path, step: int) -> dict[str, float]:
         seen = _measured(objective, step, *asked)
-        seen.save(folder)
-        if step and figures(curves_of(run, load_measured(folder, step))).best_step == step:
+        seen.save(folder, mark)
+        if step and figures(curves_of(run, load_measured(folder, mark, step))).best_step == step:
             write_result(run.tuning, run.trained, run.base, told, step)
         with objective.lower_precision():
             run.samples.draw(folder, step)
@@ -134,15 +151,16 @@ def tune(run: Run, progress: Callable[[Progress], None] | None = None) -> list[M
         return {"train": float(seen.train.mean()), **held_out}
 
     objective.look = look
-    if rank_and_ranks()[0] == 0 and not load_measured(folder, 0):
-        look(folder, 0)
+    if rank == 0 and not load_measured(folder, mark, 0):
+        with held(folder):
+            look(folder, 0)
     with checkpointed(run.trained.networks) if run.tuning.checkpointing else nullcontext():
         average = train(objective, loop, folder, progress, run.base.device)
-    if rank_and_ranks()[0] == 0 and _wants_last(run):
+    if rank == 0 and _wants_last(run):
         average.swap(objective)
         write_result(run.tuning, run.trained, run.base, told, loop.steps)
         average.swap(objective)
-    return load_measured(folder, loop.steps)
+    return load_measured(folder, mark, loop.steps)
 
 
 def _wants_last(run: Run) -> bool:
@@ -153,7 +171,7 @@ def _wants_last(run: Run) -> bool:
     written = step_of_result(run.tuning)
     if written is None:
         return True
-    measured = load_measured(run.tuning.output, run.loop.steps)
+    measured = load_measured(run.tuning.output, mark_of(run.objective), run.loop.steps)
     return written < run.loop.steps and figures(curves_of(run, measured)).best_step == 0
 
 

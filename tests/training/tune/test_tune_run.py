@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,16 +16,18 @@ from shallow import shallow
 
 from ldm.data.example import Defaults
 from ldm.data.picture_set import read_pictures
+from ldm.errors import LdmError
 from ldm.models.presets import sd1
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import load, random_system, save_checkpoint
 from ldm.training.adapter_options import AdapterOptions
-from ldm.training.engine.loop import train
+from ldm.training.engine.loop import held, train
 from ldm.training.engine.loop_config import LoopConfig
 from ldm.training.engine.objective import Draw, step_generator
 from ldm.training.engine.precision import DTYPES, precision_on
 from ldm.training.tune.finish import finish, tuned_model
-from ldm.training.tune.measure import load_measured
+from ldm.training.tune.measure import load_measured, mark_of
+from ldm.training.tune.objective import Noising
 from ldm.training.tune.plan import plan
 from ldm.training.tune.run import Run, prepare_run, tune
 from ldm.training.tune.settings import Tuning, held_out_numbers
@@ -86,6 +89,8 @@ METHODS = {
 def test_the_file_draws_as_what_was_trained(name, folder, base):
     before = {key: tensor.clone() for key, tensor in base.unet.state_dict().items()}
     run = ready(tuning(folder, **METHODS[name]), base)
+    if run.trained.control is not None:  # which is looked at before the first step, without dropout too
+        assert not any(module.training for module in run.trained.control.modules())
     measured = tune(run)
     assert not any(module.training for module in base.unet.modules())  # it draws without dropout, as before
     assert [seen.step for seen in measured] == [0, 2, 4]
@@ -157,7 +162,43 @@ def test_losses_fall_and_the_best_step_is_written(folder, base):
     run = ready(tuning(folder, method="full"), base, loop)
     measured = tune(run)
     assert measured[-1].train.mean() < 0.9 * measured[0].train.mean()
-    assert load_measured(run.tuning.output, 10)[-1].step == 10
+    assert load_measured(run.tuning.output, mark_of(run.objective), 10)[-1].step == 10
+
+
+def test_what_was_measured_of_other_settings_is_passed_over(folder, base, caplog):
+    """A run that was stopped before its first save leaves measurements behind, and nothing that refuses the next."""
+    settings = [tuning(folder, adapter=AdapterOptions(rank=2), noising=Noising(offset=offset)) for offset in (0.0, 0.1)]
+    runs = [ready(each, base, replace(LOOP, rate=0.0, steps=2)) for each in settings]
+    first = tune(runs[0])
+    output = runs[0].tuning.output
+    for save in output.glob("step-*"):
+        shutil.rmtree(save)
+    measured = output / "measured"
+    shutil.copy(measured / "step-00000002.safetensors", measured / "step-00000001.safetensors")
+    seen = tune(runs[1])
+    assert [each.step for each in first] == [0, 2] and [each.step for each in seen] == [0, 2]
+    (line,) = [record.getMessage() for record in caplog.records if "other settings" in record.getMessage()]
+    assert line == f"{measured}: 3 measurements are of other settings, and are passed over"
+
+
+def test_a_run_that_is_refused_writes_over_nothing_of_the_one_before(folder, base):
+    first, other = (
+        ready(tuning(folder, method="embedding", like="thing", min_snr=least), base, replace(LOOP, steps=2))
+        for least in (None, 5.0)
+    )
+    tune(first)
+    measured = sorted((first.tuning.output / "measured").iterdir())
+    before = [path.read_bytes() for path in measured]
+    with pytest.raises(LdmError, match=r"was begun with min_snr = None, now 5\.0"):
+        tune(other)
+    assert [path.read_bytes() for path in measured] == before
+
+
+def test_nothing_is_measured_where_another_run_is_under_way(folder, base):
+    run = ready(tuning(folder, method="embedding", like="thing"), base)
+    with held(run.tuning.output), pytest.raises(LdmError, match="is being written by process"):
+        tune(run)
+    assert not (run.tuning.output / "measured").exists()
 
 
 def test_a_base_on_the_cpu_is_tuned_there_where_there_is_a_gpu_too(folder, base, monkeypatch):
