@@ -19,7 +19,7 @@ def test_checkpointing_is_part_of_what_is_measured(small_run: Run, monkeypatch: 
     calls.clear()
     plan(small_run.objective, small_run.loop, small_run.kept, 0, 1, less_memory=True)
     unlearned = 2  # forwards of the first block, before which there is no adapter: nothing is computed again for it
-    assert 0 < plainly and len(calls) == 2 * plainly - unlearned
+    assert plainly > 0 and len(calls) == 2 * plainly - unlearned
     assert all(p.grad is None for p in small_run.objective.parameters())
     assert all("forward" not in vars(block) for block in small_run.objective.modules() if isinstance(block, ResBlock))
 
