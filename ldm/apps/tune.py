@@ -70,11 +70,15 @@ def tune(command: Tune) -> None:
     ranks = rank_and_ranks()[1]
     planned = plan(run.objective, run.loop, run.kept, len(run.held_out), ranks, tuning.checkpointing)
     if first:
-        for line in (*run.notes, *(f"left out: {line}" for line in run.left_out), *planned.lines()):
+        for line in (*run.notes, *(f"left out: {line}" for line in run.left_out)):
             to_stderr(line)
     if command.plan:
-        print(json.dumps(_plan_object(planned)) if command.json else "\n".join(planned.lines()))
+        if first:
+            print(json.dumps(_plan_object(planned)) if command.json else "\n".join(planned.lines()))
         return
+    if first:
+        for line in planned.lines():
+            to_stderr(line)
     started = time.perf_counter()
     with progress_bar(run.loop.steps) as bar:
 
