@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ldm.errors import LdmError
 from ldm.models.image_encoder import ImageTower
+from ldm.models.presets import SMALL_IMAGE
 from ldm.models.text_encoder import OpenCLIPText
 from ldm.weights.clip_config import (
     Description,
@@ -151,10 +152,12 @@ def _within(raw: Source, homes: Mapping[str, str]) -> Source:
 
 def _ours(source: Source) -> ClipFile:
     described = source.metadata.get(CONFIG_KEY)
-    config = None if described is None else config_from_json(described)
-    image = None if config is None else config.clip_image or (config.image and config.image.tower)
-    if config is None or image is None:
-        raise _error(source, "does not say how its image tower is built; use a newer file of this package")
+    if described is None:
+        raise _error(source, f"does not say how its towers are built ({CONFIG_KEY}); expected a file of this package")
+    config = config_from_json(described)
+    image = config.clip_image or (config.image and config.image.tower)
+    if image is None:  # in the first file of ours, whose image tower has been the preset's from the start
+        image = SMALL_IMAGE
     return ClipFile(source, Towers(config.text[0].tower, image), None)
 
 
