@@ -67,6 +67,7 @@ HEAVY: dict[str, set[str]] = {
         "apps/tune_flags.py",
         "data/packed.py",
         "data/pictures/build.py",
+        "training/clip_figures.py",
     },
     "rich": {
         "apps/bench.py",

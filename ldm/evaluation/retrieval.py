@@ -5,7 +5,7 @@ Shapes: N pictures, M texts, P width of their common space; all vectors are unit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,20 @@ def retrieval(images: Tensor, texts: Tensor, owners: Tensor, at: Sequence[int] =
 def top_k(similarity: Tensor, answers: Tensor, at: Sequence[int] = (1, 5)) -> dict[int, float]:
     """The share of rows whose right column is among the k greatest. similarity (N, C), answers (N,) int."""
     return _means([_hits(similarity, similarity.gather(1, answers[:, None]), 1, at)], at)
+
+
+def ridge(texts: Tensor, pictures: Tensor, penalty: float) -> Callable[[Tensor], Tensor]:
+    """The linear map from what is known of texts (M, K) to picture vectors (M, P) of the least squared error.
+
+    With a penalty on its squared weights; both are centred first, so that the mean is not held back (Hoerl & Kennard
+    1970). What a model is held against that has learned more than that.
+    """
+    x, y = texts.double(), pictures.double()
+    x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
+    square = (x - x_mean).T @ (x - x_mean)
+    held = square + penalty * torch.eye(len(square), dtype=square.dtype)
+    weights = torch.linalg.solve(held, (x - x_mean).T @ (y - y_mean))
+    return lambda vectors: ((vectors.double() - x_mean) @ weights + y_mean).float()
 
 
 def _hits(similarity: Tensor, right: Tensor, itself: int, at: Sequence[int]) -> Tensor:

@@ -6,13 +6,14 @@ picture comes first. Shapes: Q captions, G pictures, M known pairs, P width of C
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.diffusion.guidance import Told
+from ldm.evaluation.retrieval import ridge
 from ldm.models.autoregressive_prior import AutoregressivePrior
 from ldm.models.prior import Prior
 from ldm.pipeline.prior import image_embeddings
@@ -28,19 +29,6 @@ def recall(guesses: Tensor, gallery: Tensor, own: Tensor, at: int = 1) -> float:
     likeness = F.normalize(guesses, dim=-1) @ F.normalize(gallery, dim=-1).T
     better = (~(likeness <= likeness.gather(1, own[:, None]))).sum(dim=1)  # so that a guess of NaN finds nothing
     return float((better < at).double().mean())
-
-
-def ridge(texts: Tensor, pictures: Tensor, penalty: float) -> Callable[[Tensor], Tensor]:
-    """The linear map from text vectors to picture embeddings, both (M, P), of the least squared error with a penalty.
-
-    Both are centred first, so that the mean is not held back (Hoerl & Kennard 1970).
-    """
-    x, y = texts.double(), pictures.double()
-    x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
-    square = (x - x_mean).T @ (x - x_mean)
-    held = square + penalty * torch.eye(len(square), dtype=square.dtype)
-    weights = torch.linalg.solve(held, (x - x_mean).T @ (y - y_mean))
-    return lambda vectors: ((vectors.double() - x_mean) @ weights + y_mean).float()
 
 
 def prior_retrieval(

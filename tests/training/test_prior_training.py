@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm.diffusion.guidance import Told
 from ldm.diffusion.state import noised
+from ldm.evaluation.retrieval import ridge
 from ldm.models.autoregressive_prior import AutoregressivePrior
 from ldm.models.prior import Codes, Prior, PriorConfig
 from ldm.pipeline.components import components_of
@@ -27,7 +28,7 @@ from ldm.training.prior_data import (
     set_speller,
     set_statistics,
 )
-from ldm.training.prior_retrieval import prior_retrieval, recall, ridge
+from ldm.training.prior_retrieval import prior_retrieval, recall
 from ldm.training.whitening import TextWhitening, whitening_of
 from ldm.types import Conditioning
 
