@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+PredictionType = Literal["eps", "v", "x0"]
+"""What a network predicts: the noise, the velocity (Salimans & Ho 2022) or the picture."""
 
 
 class Context:

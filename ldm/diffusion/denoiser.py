@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.prediction import PredictionType, to_denoised
+from ldm.diffusion.prediction import to_denoised
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.state import at_least_float32, spread, vp_scale
-from ldm.types import Conditioning, Network, Prediction
+from ldm.types import Conditioning, Network, Prediction, PredictionType
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.prediction import PredictionType, training_target
+from ldm.diffusion.prediction import training_target
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.diffusion.state import noised
-from ldm.types import Conditioning
+from ldm.types import Conditioning, PredictionType
 
 
 def snr_weight(sigma: Tensor, prediction: PredictionType, gamma: float = 5.0, floor: float = 1.0) -> Tensor:

@@ -12,13 +12,12 @@ Shapes: x, output, denoised, x0, noise (B, ...); sigma (B,).
 
 from __future__ import annotations
 
-from typing import Literal, assert_never
+from typing import assert_never
 
 from torch import Tensor
 
 from ldm.diffusion.state import spread, vp_scale
-
-PredictionType = Literal["eps", "v", "x0"]
+from ldm.types import PredictionType
 
 
 def to_denoised(prediction: PredictionType, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:

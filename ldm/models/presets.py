@@ -24,9 +24,9 @@ from ldm.models.text_encoder import TextConfig
 from ldm.models.tiny_autoencoder import TinyAutoencoderConfig
 from ldm.models.tokenizer import END
 from ldm.models.unet import UNetConfig
+from ldm.types import PredictionType
 
 Family = Literal["sd1", "sd2", "sdxl", "sdxl-refiner", "ldm"]
-PredictionType = Literal["eps", "v", "x0"]
 
 
 @dataclass(frozen=True)

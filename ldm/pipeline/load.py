@@ -20,14 +20,14 @@ from ldm.errors import LdmError
 from ldm.layers.convolution import fastest_layout
 from ldm.layers.in_bytes import Store, full_state, in_bytes, keep_in_bytes, layers_in_bytes
 from ldm.models.offloading import Offload, block_by_block, blocks_of, check_offload, here
-from ldm.models.presets import Family, PredictionType, SystemConfig
+from ldm.models.presets import Family, SystemConfig
 from ldm.models.tiled import check_tile
 from ldm.models.unet import UNet
 from ldm.pipeline.device import Precision, check_dtype, choose_device, choose_precision
 from ldm.pipeline.files import reason
 from ldm.pipeline.latent_diffusion import LatentDiffusion, Origin
 from ldm.pipeline.picture import OtherPart
-from ldm.types import Conditioning
+from ldm.types import Conditioning, PredictionType
 from ldm.weights.detect import Detection, detect
 from ldm.weights.find import locate, model_roots
 from ldm.weights.io import printable, some

@@ -16,13 +16,12 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.loss import DEFAULT_WEIGHING, Weighing, timestep_density, weighted_error
-from ldm.diffusion.prediction import PredictionType
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.models.unet import UNet
 from ldm.training.draws import draws_from
 from ldm.training.engine.objective import Batch, Draw, Objective
 from ldm.training.whitening import TextWhitening
-from ldm.types import Conditioning
+from ldm.types import Conditioning, PredictionType
 
 Preview = Callable[[UNet, Path], None]
 

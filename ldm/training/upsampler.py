@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.loss import DEFAULT_WEIGHING, Weighing, timestep_density, weighted_error
-from ldm.diffusion.prediction import PredictionType
 from ldm.diffusion.schedule import NoiseSchedule
 from ldm.layers.embeddings import sinusoidal_embedding
 from ldm.models.pixel_blocks import PixelBlocks
@@ -25,7 +24,7 @@ from ldm.models.unet import UNet
 from ldm.pipeline.upscaling import details_of, noised_picture
 from ldm.training.autoencoder import to_unit
 from ldm.training.engine.objective import Batch, Draw, Objective
-from ldm.types import Conditioning
+from ldm.types import Conditioning, PredictionType
 
 Preview = Callable[[UNet, Path], dict[str, float]]
 

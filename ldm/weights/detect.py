@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 
 from ldm.errors import LdmError
 from ldm.models import presets
-from ldm.models.presets import ImageUse, PredictionType, SystemConfig, TextUse
+from ldm.models.presets import ImageUse, SystemConfig, TextUse
 from ldm.models.text_encoder import TextConfig
 from ldm.models.tiny_autoencoder import TinyAutoencoderConfig
 from ldm.models.unet import UNetConfig
+from ldm.types import PredictionType
 from ldm.weights.architecture import (
     Shapes,
     autoencoder_config,

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldm.models.presets import PredictionType, SystemConfig
+from ldm.models.presets import SystemConfig
+from ldm.types import PredictionType
 from ldm.weights.architecture import under
 from ldm.weights.layout import UNET
 from ldm.weights.source import Source

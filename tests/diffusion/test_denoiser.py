@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.prediction import PredictionType
 from ldm.diffusion.schedule import scaled_linear
 from ldm.diffusion.state import noised
-from ldm.types import Conditioning
+from ldm.types import Conditioning, PredictionType
 
 SCHEDULE = scaled_linear()
 GENERATOR = torch.Generator().manual_seed(0)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Guidance, Projection, Told, always, guided, guided_prediction, rescaled
-from ldm.diffusion.prediction import PredictionType, to_denoised
+from ldm.diffusion.prediction import to_denoised
 from ldm.diffusion.schedule import scaled_linear
 from ldm.diffusion.sigmas import end_above_zero, leading
 from ldm.diffusion.state import finish_state, start_state
@@ -22,7 +22,7 @@ from ldm.layers.attention import AttentionBlock
 from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.unet import UNet, UNetConfig
 from ldm.samplers.ddim import ddim
-from ldm.types import Conditioning
+from ldm.types import Conditioning, PredictionType
 
 SCHEDULE = scaled_linear()
 X = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))

@@ -16,6 +16,7 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils as converters
 from open_clip.tokenizer import SimpleTokenizer
+from their_networks import their_autoencoder, their_prediction, their_unet
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -184,10 +185,6 @@ def their_arguments(request: GenerateRequest) -> dict[str, Any]:
     }
 
 
-def their_prediction(config: SystemConfig) -> str:
-    return {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[config.prediction]
-
-
 def their_pipeline(model: LatentDiffusion, tokenizers: dict[int, CLIPTokenizer], scheduler: Any) -> Any:
     """A diffusers pipeline of the model's weights."""
     config = model.config
@@ -208,49 +205,6 @@ def their_pipeline(model: LatentDiffusion, tokenizers: dict[int, CLIPTokenizer],
             )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def their_unet(model: LatentDiffusion) -> diffusers.UNet2DConditionModel:
-    config = model.config.unet
-    widths = [config.model_channels * mult for mult in config.channel_mult]
-    heads = [config.heads_for(width) for width in widths]
-    vector = config.vector_width
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=64,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        down_block_types=tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.attention),
-        up_block_types=tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in config.attention[::-1]),
-        block_out_channels=tuple(widths),
-        layers_per_block=config.res_blocks,
-        cross_attention_dim=config.context_width,
-        transformer_layers_per_block=tuple(depth or config.middle_attention for depth in config.attention),
-        attention_head_dim=tuple(heads),  # their name for the number of heads
-        use_linear_projection=config.linear_projections,
-        addition_embed_type="text_time" if vector else None,
-        addition_time_embed_dim=256 if vector else None,
-        projection_class_embeddings_input_dim=vector,
-    )
-    ours = {f"model.diffusion_model.{name}": tensor for name, tensor in model.unet.state_dict().items()}
-    unet.load_state_dict(converters.convert_ldm_unet_checkpoint(ours, dict(unet.config)), strict=True)
-    return unet.eval()
-
-
-def their_autoencoder(model: LatentDiffusion) -> diffusers.AutoencoderKL:
-    config = model.config.autoencoder
-    levels = len(config.channel_mult)
-    autoencoder = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=tuple(config.base_channels * mult for mult in config.channel_mult),
-        layers_per_block=config.res_blocks,
-        latent_channels=config.latent_channels,
-        scaling_factor=config.scale_factor,
-    )
-    ours = {f"first_stage_model.{name}": tensor for name, tensor in model.autoencoder.state_dict().items()}
-    state = converters.convert_ldm_vae_checkpoint(ours, dict(autoencoder.config))
-    autoencoder.load_state_dict(state, strict=True)
-    return autoencoder.eval()
 
 
 def their_text(tower: TextTower, use: TextUse, system: SystemConfig) -> torch.nn.Module:

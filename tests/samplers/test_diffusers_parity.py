@@ -15,7 +15,6 @@ from torch import Tensor
 from ldm.diffusion.consistency import consistency
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.guidance import Guidance, always, guided
-from ldm.diffusion.prediction import PredictionType
 from ldm.diffusion.schedule import NoiseSchedule, scaled_linear
 from ldm.diffusion.sigmas import end_above_zero, latent_consistency, leading, trailing
 from ldm.diffusion.state import finish_state, start_state
@@ -30,7 +29,7 @@ from ldm.samplers.multistep import deis
 from ldm.samplers.plms import plms
 from ldm.samplers.tcd import tcd
 from ldm.samplers.unipc import unipc
-from ldm.types import Conditioning, Denoise, NoiseSource
+from ldm.types import Conditioning, Denoise, NoiseSource, PredictionType
 
 STEPS = 12
 SHAPE = (2, 3, 4, 4)

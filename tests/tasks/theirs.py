@@ -5,13 +5,11 @@ Prompts go in as embeddings: that tokens and towers agree is tested there.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from their_networks import their_autoencoder, their_prediction, their_unet
 from torch import Tensor
 
 from ldm.diffusion.state import finish_state
@@ -21,10 +19,6 @@ from ldm.pipeline.request import GenerateRequest
 from ldm.pipeline.sample import Progress
 from ldm.tasks import run
 from ldm.types import Conditioning
-
-sys.path.append(str(Path(__file__).parents[1] / "pipeline"))
-
-from test_pipeline_parity import their_autoencoder, their_prediction
 
 TOLERANCE = 1e-3
 DDIM: dict[str, Any] = {
@@ -43,32 +37,6 @@ def networks(model: LatentDiffusion, **scheduler: Any) -> dict[str, Any]:
         "text_encoder": None,
         "tokenizer": None,
     }
-
-
-def their_unet(model: LatentDiffusion) -> diffusers.UNet2DConditionModel:
-    """With the class labels of the upscaler, and the vector of unCLIP."""
-    config = model.config.unet
-    widths = [config.model_channels * mult for mult in config.channel_mult]
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=64,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        down_block_types=tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.attention),
-        up_block_types=tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in config.attention[::-1]),
-        block_out_channels=tuple(widths),
-        layers_per_block=config.res_blocks,
-        cross_attention_dim=config.context_width,
-        transformer_layers_per_block=tuple(depth or config.middle_attention for depth in config.attention),
-        attention_head_dim=tuple(config.heads_for(width) for width in widths),  # their name for heads
-        use_linear_projection=config.linear_projections,
-        only_cross_attention=config.cross_only,
-        num_class_embeds=config.classes,
-        class_embed_type="projection" if config.vector_width else None,
-        projection_class_embeddings_input_dim=config.vector_width,
-    )
-    ours = {f"model.diffusion_model.{name}": tensor for name, tensor in model.unet.state_dict().items()}
-    unet.load_state_dict(convert_ldm_unet_checkpoint(ours, dict(unet.config)), strict=True)
-    return unet.eval()
 
 
 def asked(model: LatentDiffusion, request: GenerateRequest, count: int = 1) -> dict[str, Any]:
