@@ -84,6 +84,8 @@ def prepare_run(
     is left, where this process has begun on another device than the base's, and for all that does not fit together.
     """
     check_base(tuning, base.config)
+    if base.store != "full":
+        raise LdmError(f"base: was loaded with store={base.store!r}, whose weights cannot be trained; load it without")
     cache = Cache(tuning.cache or tuning.output / "cache")
     with first_rank_first(base.device):
         trained = trained_of(base, tuning)

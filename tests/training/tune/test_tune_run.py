@@ -194,6 +194,11 @@ def test_a_run_that_is_refused_writes_over_nothing_of_the_one_before(folder, bas
     assert [path.read_bytes() for path in measured] == before
 
 
+def test_a_base_in_bytes_is_refused(folder, base):
+    with pytest.raises(LdmError, match="base: was loaded with store='int8', whose weights cannot be trained"):
+        ready(tuning(folder), replace(base, store="int8"))
+
+
 def test_nothing_is_measured_where_another_run_is_under_way(folder, base):
     run = ready(tuning(folder, method="embedding", like="thing"), base)
     with held(run.tuning.output), pytest.raises(LdmError, match="is being written by process"):
