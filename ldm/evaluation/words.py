@@ -112,14 +112,14 @@ def _by_heart(curves: Curves, found: Figures) -> tuple[Sentences, Sentences]:
     if held is None:
         happened = f"{learned}; most likely, since no picture was held out to compare with."
     elif found.best_step == 0:
-        happened = f"{learned}, while on pictures not trained on it never fell by more than chance."
+        happened = f"{learned}, while on others it never fell by more than chance."
     elif held.rise.above(LEAST):
         happened = (
-            f"{learned}, while on pictures not trained on it fell by {_percent(held.best)} by step {found.best_step} "
+            f"{learned}, while on others it fell by {_percent(held.best)} by step {found.best_step} "
             f"and then rose by {_percent(held.rise)}."
         )
     else:
-        happened = f"{learned}, but on pictures not trained on by no more than {_percent(held.best)}."
+        happened = f"{learned}, but on others by no more than {_percent(held.best)}."
     shorter = f"Train for at most {max(1, curves.last // 10)} steps."
     if held is not None and found.best_step:
         seen = max(1, round(curves.epochs * found.best_step / curves.last))
@@ -172,10 +172,11 @@ def _not_known(curves: Curves, found: Figures) -> tuple[Sentences, Sentences]:
     if found.held_out is not None:
         change = "changed by " + _percent(found.held_out.fall)
         others = f"Whether others gain too cannot be said: the loss on those held out {change}, which may be chance."
-    return (learned, others), (
-        "Judge by the samples.",
-        f"With {SMALL} pictures or more, and a fifth of them held out, it can be said.",
-    )
+    held_out = curves.held_out.shape[1]
+    known = f"With {SMALL} pictures or more, and a fifth of them held out, it can be said."
+    if held_out and held_out + curves.pictures >= SMALL:
+        known = f"Train for longer, or hold out more pictures than {held_out}, and it can be said."
+    return (learned, others), ("Judge by the samples.", known)
 
 
 def _gradient(curves: Curves) -> Sentences:

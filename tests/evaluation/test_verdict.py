@@ -229,6 +229,25 @@ def test_captions_that_are_all_alike_cannot_be_judged():
     assert verdict(same).captions == "not known"
 
 
+@pytest.mark.parametrize(
+    ("run", "advice"),
+    [
+        (
+            Run(gain=0.006, heart=0.04, speed=2.0, wobble=0.03),
+            "Train for longer, or hold out more pictures than 8, and it can be said.",
+        ),
+        (
+            Run(gain=0.03, heart=0.02, held_out=0),
+            "With 20 pictures or more, and a fifth of them held out, it can be said.",
+        ),
+    ],
+    ids=["too little gained", "none held out"],
+)
+def test_where_it_cannot_be_said_the_advice_is_what_is_lacking(run: Run, advice: str):
+    said = [found for seed in SEEDS if (found := verdict(run.curves(seed))).outcome == "not known"]
+    assert {found.advice for found in said} == {("Judge by the samples.", advice)}
+
+
 def test_clip_ranks_by_counting():
     cosines = similarity(1.0, 9, 0)
     found = figures(replace(GOOD.curves(0), similarity=cosines))
