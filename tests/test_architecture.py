@@ -80,7 +80,7 @@ HEAVY: dict[str, set[str]] = {
     },
     "pydantic": {"pipeline/request.py", "pipeline/validation.py"},
     "faiss": {"search/nearest.py"},
-    "pyarrow": {"data/imagefolder.py"},
+    "pyarrow": {"data/imagefolder.py", "data/parquet_pictures.py"},
     "cv2": {"pipeline/control.py"},
 }
 """Heavy packages, or ones with a single purpose, and the files that may import them."""

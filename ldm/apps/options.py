@@ -325,7 +325,7 @@ class Check:
     cut; exit code 2 where none can be used."""
 
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
-    """Pictures with captions beside them or in a table, kohya's folders or .toml, or .tar shards."""
+    """Pictures with captions beside them or in a table, kohya's folders or .toml, .tar shards or .parquet files."""
     json: bool = False
     """Print a JSON object."""
     page: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
@@ -339,7 +339,7 @@ class Tune:
     ldm tune ... trains on many GPUs."""
 
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
-    """Pictures with captions beside them or in a table, kohya's folders or .toml, or .tar shards."""
+    """Pictures with captions beside them or in a table, kohya's folders or .toml, .tar shards or .parquet files."""
     base: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")] = None
     """The model to tune, SD 1.x, 2.x, SDXL or ours. By default the one that ships."""
     method: Literal["lora", "full", "dreambooth", "embedding", "controlnet"] = "lora"

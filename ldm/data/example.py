@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ldm.data.captions import CaptionRules
-from ldm.data.file_at import FileAt
+from ldm.data.file_at import BytesAt
 from ldm.data.records import may_flip
 from ldm.errors import LdmError
 
@@ -26,14 +26,14 @@ class Example:
     """
 
     name: str
-    image: FileAt
+    image: BytesAt
     captions: tuple[str, ...]
     rules: CaptionRules
     repeats: int = 1
     flip: bool = False
     random_crop: bool = False
-    mask: FileAt | None = None
-    hint: FileAt | None = None
+    mask: BytesAt | None = None
+    hint: BytesAt | None = None
     regular: bool = False
 
 
@@ -86,12 +86,12 @@ def joined(root: Path, parts: Sequence[PictureSet]) -> PictureSet:
 
 def example_of(
     name: str,
-    image: FileAt,
+    image: BytesAt,
     captions: tuple[str, ...],
     defaults: Defaults,
     *,
-    mask: FileAt | None = None,
-    hint: FileAt | None = None,
+    mask: BytesAt | None = None,
+    hint: BytesAt | None = None,
 ) -> Example:
     """A picture with what the defaults say of it; it may be mirrored only where its captions speak of no side.
 

@@ -1,11 +1,25 @@
-"""Bytes on disk, wherever they lie: a file, or a member of a tar that is not unpacked."""
+"""Bytes on disk, wherever they lie: a file, a member of a tar that is not unpacked, or a cell of a Parquet file."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from ldm.errors import LdmError, printable
+
+
+class BytesAt(Protocol):
+    """Where bytes lie. Its text names the place; `path` is the file that they are in."""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        ...
+
+    def read(self, limit: int) -> bytes:
+        """The bytes, at most `limit` of them. Raises LdmError, naming the place, where they cannot be had."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -66,7 +66,7 @@ def read_tables(listing: Listing) -> Told:
                 left_out.append(f"{where}: {error}")
                 continue
             known = rows.get(picture, Row())
-            rows[picture] = replace(row, captions=known.captions + row.captions)
+            rows[picture] = Row(known.captions + row.captions, row.mask or known.mask, row.hint or known.hint)
     return Told(rows, tuple(left_out), tuple(tables.values()))
 
 
@@ -133,7 +133,7 @@ def _parquet(data: bytes) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
         wanted = {*IMAGE_COLUMNS, *CAPTION_COLUMNS, MASK_COLUMN, HINT_COLUMN}
         columns = [name for name in table.schema_arrow.names if name in wanted]
         rows: Iterable[dict[str, Any]] = table.read(columns).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = next(iter(str(error).splitlines()), "")[:80]
         raise LdmError(f"is no whole Parquet file ({printable(reason)}); copy it again") from None
     for number, values in enumerate(rows, 1):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ldm.data.buckets import Size
 from ldm.data.example import Example, PictureSet
-from ldm.data.file_at import FileAt
+from ldm.data.file_at import BytesAt
 from ldm.data.picture_set import nothing_left
 from ldm.errors import LdmError
 
@@ -53,7 +53,7 @@ class Look:
     remarks: tuple[str, ...]
 
 
-def look_at(file: FileAt, decode: Decode) -> tuple[Look, Image.Image]:
+def look_at(file: BytesAt, decode: Decode) -> tuple[Look, Image.Image]:
     """A picture's look, and the picture. Raises LdmError where it cannot be read."""
     data = file.read(MAX_BYTES)
     picture = decode(data)
@@ -94,7 +94,7 @@ def examine(
     return left, tuple(looks)
 
 
-def _check_helper(what: str, file: FileAt | None, size: Size, decode: Decode) -> None:
+def _check_helper(what: str, file: BytesAt | None, size: Size, decode: Decode) -> None:
     """Raise LdmError where a mask or hint cannot be read, or is of another shape than its picture."""
     if file is None:
         return

@@ -9,6 +9,7 @@ from ldm.data.example import Defaults, Example, PictureSet, joined
 from ldm.data.imagefolder import TABLES
 from ldm.data.kohya import concepts_in, read_concepts
 from ldm.data.kohya_toml import read_dataset_toml
+from ldm.data.parquet_pictures import read_parquet
 from ldm.data.sidecars import read_folder
 from ldm.data.tar_members import read_shard
 from ldm.errors import LdmError, printable
@@ -17,10 +18,11 @@ __all__ = ["Defaults", "Example", "PictureSet", "read_pictures"]
 
 
 def read_pictures(path: Path, defaults: Defaults | None = None) -> PictureSet:
-    """Find the pictures of a folder, a .tar shard or a kohya .toml, with their captions.
+    """Find the pictures of a folder, a .tar shard, a .parquet file or a kohya .toml, with their captions.
 
-    A folder may hold, in any depth: pictures with caption files beside them, Hugging Face's metadata tables, and
-    WebDataset shards; or kohya's folders `10_sks dog`. Pictures are not decoded here.
+    A folder may hold, in any depth: pictures with caption files beside them, Hugging Face's metadata tables,
+    WebDataset shards, and Parquet files with the pictures in them; or kohya's folders `10_sks dog`. Pictures are not
+    decoded here.
 
     Raises LdmError where nothing is found that can be used.
     """
@@ -55,6 +57,8 @@ def _read(path: Path, defaults: Defaults) -> PictureSet:
     match path.suffix.lower():
         case ".tar":
             return read_shard(path, printable(path.name), defaults)
+        case ".parquet":
+            return read_parquet(path, printable(path.name), defaults)
         case ".toml":
             return read_dataset_toml(path, defaults)
-    raise LdmError(f"{printable(str(path))}: expected a folder, a .tar shard or a kohya .toml")
+    raise LdmError(f"{printable(str(path))}: expected a folder, a .tar shard, a .parquet file or a kohya .toml")

@@ -1,4 +1,5 @@
-"""A folder of pictures with their captions beside them, or in tables, or in tar shards.
+"""A folder of pictures with their captions beside them, or in tables, or in tar shards and Parquet
+files.
 
 `x.png` has its caption in `x.txt`, `x.caption` or `x.json`: of a text file the first line, or with wildcards any one of
 its lines, as in kohya's sd-scripts. A table (see imagefolder.py) comes before that. `x-masklabel.png` is its mask.
@@ -13,7 +14,7 @@ from pathlib import Path
 from ldm.data.caption_files import read_captions
 from ldm.data.example import Defaults, Example, PictureSet, example_of
 from ldm.data.file_at import FileAt
-from ldm.data.imagefolder import Row, Told, read_tables
+from ldm.data.imagefolder import TABLES, Row, Told, read_tables
 from ldm.data.listing import (
     CAPTIONS,
     MASK_ENDING,
@@ -24,6 +25,7 @@ from ldm.data.listing import (
     list_files,
     some,
 )
+from ldm.data.parquet_pictures import read_parquet
 from ldm.data.tar_members import read_shard
 from ldm.errors import LdmError, printable
 
@@ -73,8 +75,8 @@ def read_folder(
         suffix, name = path.suffix.lower(), printable(prefix + listing.name(path))
         if is_clutter(path):
             left_out.append(f"{name}: put there by macOS, no picture or caption")
-        elif suffix == ".tar":
-            shard = read_shard(path, name, defaults)
+        elif suffix == ".tar" or (suffix == ".parquet" and path.name not in TABLES):
+            shard = (read_shard if suffix == ".tar" else read_parquet)(path, name, defaults)
             examples += shard.examples
             left_out += shard.left_out
         elif suffix in OTHER_PICTURES:

@@ -139,7 +139,7 @@ def test_no_folder(tmp_path: Path):
     with pytest.raises(LdmError, match="gone: not found, expected a folder of pictures"):
         read_pictures(tmp_path / "gone")
     (tmp_path / "x.zip").write_bytes(b"PK")
-    with pytest.raises(LdmError, match=r"expected a folder, a \.tar shard or a kohya \.toml"):
+    with pytest.raises(LdmError, match=r"expected a folder, a \.tar shard, a \.parquet file or a kohya \.toml"):
         read_pictures(tmp_path / "x.zip")
 
 
@@ -217,6 +217,15 @@ def test_columns_of_masks_and_conditions(folder: Callable):
     files = {"metadata.jsonl": json.dumps(row), **{name: picture() for name in ("a.png", "m/a.png", "e/a.png")}}
     root = folder(files)
     (example,) = read_pictures(root).examples
+    assert (example.mask, example.hint) == (FileAt(root / "m/a.png"), FileAt(root / "e/a.png"))
+
+
+def test_a_second_caption_of_a_picture_keeps_its_mask_and_condition(folder: Callable):
+    rows = [{"text": "a", "mask_file_name": "m/a.png", "conditioning_image_file_name": "e/a.png"}, {"text": "b"}]
+    table = "\n".join(json.dumps({"file_name": "a.png", **row}) for row in rows).encode()
+    root = folder({"a.png": picture(), "m/a.png": picture(), "e/a.png": picture(), "metadata.jsonl": table})
+    (example,) = [example for example in read_pictures(root).examples if example.name == "a.png"]
+    assert example.captions == ("a", "b")
     assert (example.mask, example.hint) == (FileAt(root / "m/a.png"), FileAt(root / "e/a.png"))
     (root / "m/a.png").unlink()
     with pytest.raises(LdmError, match=r"a\.png, which its row names, is not there"):

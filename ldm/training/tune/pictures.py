@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ldm.data.buckets import Buckets, Crop, Size, cut
 from ldm.data.captions import whole
 from ldm.data.example import Example
-from ldm.data.file_at import FileAt
+from ldm.data.file_at import BytesAt
 from ldm.data.look import upright_size
 from ldm.errors import LdmError
 from ldm.models.pixel_blocks import FirstStage
@@ -149,7 +149,7 @@ def _key(content: str, others: dict[str, str | None], mark: str, view: View) -> 
     }
 
 
-def _digest(file: FileAt | None) -> str | None:
+def _digest(file: BytesAt | None) -> str | None:
     return None if file is None else hashlib.sha256(file.read(LARGE_BYTES)).hexdigest()
 
 
