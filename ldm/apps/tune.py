@@ -140,6 +140,7 @@ def tuning_of(command: Tune) -> Tuning:
         seed=command.learning.seed,
         layout=command.layout,
         checkpointing=command.learning.checkpointing,
+        shard=command.learning.shard,
         cache=command.cache,
     )
 

@@ -49,7 +49,7 @@ def _needs(command: Tune) -> Iterator[tuple[object, tuple[str, ...], bool, str]]
     """Flags of a group, whether they are heeded as the others are, and what they need to be."""
     method, learning, pictures = command.method, command.learning, command.pictures
     lora = method == "lora" or (method == "dreambooth" and not command.whole)
-    own_average = learning.optimizer == "schedulefree"
+    own_average, all_of_it = learning.optimizer == "schedulefree", not lora and method in ("full", "dreambooth")
     of_a_lora = "a LoRA: --method lora, or dreambooth without --whole"
     yield command, ("whole",), method == "dreambooth", "dreambooth; method full trains all of the U-Net"
     yield command.adapting, ("kind", "rank", "alpha", "dropout", "conv_rank", "text_rank"), lora, of_a_lora
@@ -67,6 +67,9 @@ def _needs(command: Tune) -> Iterator[tuple[object, tuple[str, ...], bool, str]]
     varied = command.showing.shuffle or command.showing.drop_tags > 0
     yield command.showing, ("keep",), varied, "--shuffle or --drop-tags beside it"
     yield learning, ("ema",), not own_average, "another --optimizer than schedulefree, which averages by itself"
+    yield learning, ("shard",), all_of_it, "--method full, or dreambooth with --whole"
+    yield learning, ("shard",), learning.optimizer == "adamw", "--optimizer adamw"
+    yield learning, ("shard",), learning.precision != "fp16", "--precision bf16 or no"
     yield learning, ("schedule",), not own_average, "another --optimizer than schedulefree, which needs none"
 
 

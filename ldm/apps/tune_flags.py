@@ -34,6 +34,8 @@ class Learning:
     """Of the arithmetic; no is float32, auto what the device is fastest in."""
     checkpointing: bool = False
     """Work activations out twice and do not keep them: slower, in less memory."""
+    shard: bool = False
+    """With method full on several GPUs: each keeps but its part of the weights. Start it by torchrun."""
     workers: Annotated[int, arg(metavar="N")] = 2
     """Threads that read the next batches meanwhile."""
     seed: Annotated[int, arg(metavar="N")] = 0

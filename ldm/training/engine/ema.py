@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ldm.training.engine.split import put
+
 
 class EMA:
     """average <- decay * average + (1 - decay) * weight, after every step; Ho et al. 2020, section 4.
@@ -34,7 +36,7 @@ class EMA:
         if state.keys() != self.weights.keys():
             raise ValueError("the saved average belongs to another network")
         for name, weight in state.items():
-            self.weights[name].copy_(weight)
+            put(self.weights[name], weight)
 
     @torch.no_grad()
     def swap(self, module: nn.Module) -> None:

@@ -16,7 +16,10 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(run: Run, step: int) -> None:
-    """Let the objective look at itself with the averaged weights. A failure is logged: the run outlives it."""
+    """Let the objective look at itself with the averaged weights. A failure is logged: the run outlives it.
+
+    Of weights that are split all processes look together, and where one of them fails none can go on.
+    """
     run.update_average()
     run.average.swap(run.objective)
     run.objective.eval()
@@ -25,11 +28,15 @@ def evaluate(run: Run, step: int) -> None:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             figures = run.objective.evaluate(run.output, step)
     except Exception:
+        if run.split:
+            raise
         log.warning("step %d: its evaluation failed, training goes on", step, exc_info=True)
         return
     finally:
         run.objective.train()
         run.average.swap(run.objective)
+    if not run.first:
+        return
     log.info("step %d  %s", step, in_words(figures))
     if run.config.best is not None:
         _keep_best(run, step, figures, run.config.best)

@@ -6,6 +6,7 @@ the very same steps as one that was not, and nothing about data position needs s
 Under `accelerate launch` every process (a rank) runs this loop: the micro-batches of a step are dealt out to the ranks
 and gradients are averaged over them, the first one alone evaluates, logs and saves, and a signal to any of them stops
 all at the same step. Two ranks take the steps that one does that accumulates twice as much.
+Where weights are split over the ranks (split.py), all evaluate together and lend their parts to what is saved.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
 
 from ldm.errors import LdmError
 from ldm.training.engine.ema import EMA
@@ -34,6 +36,7 @@ from ldm.training.engine.precision import mixed, resolved
 from ldm.training.engine.prefetch import ahead
 from ldm.training.engine.ranks import join
 from ldm.training.engine.run import Run, resume, save
+from ldm.training.engine.split import is_split
 from ldm.training.engine.stopping import stop_signal
 from ldm.weights.io import printable
 from ldm.weights.lock import locked
@@ -78,8 +81,8 @@ def train(
         start = resume(run)
         if run.first:
             cut_figures(output, start)
-            if run.due(start, config.evaluate_every) and not was_evaluated(output, start):
-                evaluate(run, start)  # it was not reached, or not finished, before the run was stopped
+        if run.looks_at(start) and run.agreed(not was_evaluated(output, start)):
+            evaluate(run, start)  # it was not reached, or not finished, before the run was stopped
         with closing(_batches(run, start)) as batches:
             _steps(run, start, batches, stop, progress)
     return run.average
@@ -117,7 +120,7 @@ def _steps(
         saved = run.due(done, config.save_every)
         if saved:
             save(run, done)
-        if run.first and run.due(done, config.evaluate_every) and not stop():
+        if run.looks_at(done) and run.agreed(not stop()):
             evaluate(run, done)
         if run.first and progress is not None:
             progress(Progress(done, config.steps, figures, speed, seconds * (config.steps - done)))
@@ -153,12 +156,31 @@ def _accelerator(config: LoopConfig, device: torch.device) -> Accelerator:
 
 
 def _run(objective: Objective, config: LoopConfig, output: Path, accelerator: Accelerator) -> Run:
-    objective.to(accelerator.device)
+    if parted := is_split(objective):
+        _check_split(objective, config)
+    else:
+        objective.to(accelerator.device)
     if config.compile:
         objective.compile()
     optimizer = optimizer_for(objective.groups(), config)
-    model, stepper = accelerator.prepare(objective, optimizer)
-    return Run(objective, config, output, accelerator, model, optimizer, stepper, EMA(objective, config.ema))
+    model = objective if parted else accelerator.prepare(objective)
+    stepper = accelerator.prepare(optimizer)
+    return Run(objective, config, output, accelerator, model, optimizer, stepper, EMA(objective, config.ema), parted)
+
+
+def _check_split(objective: Objective, config: LoopConfig) -> None:
+    """Raise LdmError where weights that are split cannot be trained so."""
+    for name, found, expected in (
+        ("optimizer", config.optimizer, "adamw"),
+        ("precision", config.precision if config.precision == "fp16" else "", ""),
+        ("compile", config.compile, False),
+        ("best", config.best, None),
+    ):
+        if found != expected:
+            raise LdmError(f"{name}: found {found} with weights that are split over processes, expected {expected}")
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    if not all(isinstance(p, DTensor) for p in trained):
+        raise LdmError("split: some trained weights are split over processes and others are not; split all, or none")
 
 
 def _batches(run: Run, start: int) -> Generator[tuple[Draw, Batch]]:
@@ -207,6 +229,7 @@ def _gradient_step(run: Run, batches: Iterator[tuple[Draw, Batch]]) -> dict[str,
                 if accelerator.scaler is not None:
                     accelerator.scaler.unscale_(run.optimizer)
                 norm = accelerator.clip_grad_norm_(run.model.parameters(), config.clip)
+                norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
                 if not math.isfinite(float(norm)):
                     run.stepper.zero_grad()
             run.stepper.step()

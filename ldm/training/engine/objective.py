@@ -56,7 +56,10 @@ class Objective(nn.Module):
         return {}
 
     def evaluate(self, folder: Path, step: int) -> dict[str, float]:
-        """Figures to keep, with the averaged weights in place; pictures may be written into the folder."""
+        """Figures to keep, with the averaged weights in place; pictures may be written into the folder.
+
+        It is the first process that asks; where weights are split all do, of whom the first alone may write.
+        """
         raise NotImplementedError
 
 

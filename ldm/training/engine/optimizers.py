@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ldm.errors import LdmError
 from ldm.training.engine.ema import EMA
 from ldm.training.engine.loop_config import LoopConfig
 from ldm.training.engine.muon import Muon
+from ldm.training.engine.split import part_of
 
 Groups = list[tuple[list[nn.Parameter], float]]
 """Parameters, and what their rate is to the run's."""
@@ -85,7 +87,9 @@ def pack(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str,
     numbers: dict[str, Any] = {}
     for i, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
-            if hasattr(value, "__tensor_flatten__"):  # torchao's, of 8 bits
+            if isinstance(value, DTensor):
+                tensors[f"{i}.{name}"] = value
+            elif hasattr(value, "__tensor_flatten__"):  # torchao's, of 8 bits
                 parts, (signed, _) = value.__tensor_flatten__()
                 tensors |= {f"{i}.{name}.{part}": getattr(value, part) for part in parts}
                 numbers[f"{i}.{name}.signed"] = signed
@@ -189,7 +193,7 @@ def _quantized(parts: dict[str, Any], dtype: torch.dtype) -> Tensor:
 
 
 def _placed(value: Any, parameter: nn.Parameter, group: dict[str, Any]) -> Any:
-    """A tensor where the parameter is; counters stay on the CPU unless a fused optimizer counts."""
+    """A tensor where the parameter is, and as it is split; counters stay on the CPU unless a fused optimizer counts."""
     if not isinstance(value, Tensor) or (value.ndim == 0 and not group.get("fused")):
         return value
-    return value.to(parameter.device)
+    return part_of(value, parameter) if value.ndim else value.to(parameter.device)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import DistributedType, PartialState
@@ -48,7 +48,10 @@ def join(device: torch.device | None = None) -> torch.device:
 
 
 def _unsupported(kind: str) -> str:
-    return f"accelerate: found {kind}, expected whole weights in every process; run accelerate config again"
+    return (
+        f"accelerate: found {kind}, expected whole weights in every process; run accelerate config again, and where "
+        "they do not fit, give ldm tune --shard"
+    )
 
 
 def rank_and_ranks() -> tuple[int, int]:
@@ -56,6 +59,15 @@ def rank_and_ranks() -> tuple[int, int]:
     if not torch.distributed.is_initialized():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def first_says(answer: bool) -> bool:
+    """The first rank's answer, on all of them, which ask together."""
+    if rank_and_ranks()[1] == 1:
+        return answer
+    answers: list[Any] = [answer]
+    torch.distributed.broadcast_object_list(answers)
+    return bool(answers[0])
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from ldm.training.engine.ema import EMA
 from ldm.training.engine.loop_config import FREE_TO_CHANGE, LoopConfig
 from ldm.training.engine.objective import Objective
 from ldm.training.engine.optimizers import averages_itself, pack, take_average, unpack
+from ldm.training.engine.ranks import first_says
+from ldm.training.engine.split import put, whole
 from ldm.training.engine.state import RunState, check_facts, load_state, save_state
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,7 @@ class Run:
 
     model:    the objective as the accelerator runs it; stepper: the optimizer as it does
     average:  the averaged weights, see `update_average`
+    split:    whether each process has but a part of the weights; then all of them evaluate and save together
     """
 
     objective: Objective
@@ -37,6 +40,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     stepper: Any
     average: EMA
+    split: bool
 
     @property
     def first(self) -> bool:
@@ -51,6 +55,14 @@ class Run:
     def due(self, step: int, every: int) -> bool:
         """Whether something that is done now and then is done after so many steps."""
         return step > 0 and (step % every == 0 or step == self.config.steps)
+
+    def looks_at(self, step: int) -> bool:
+        """Whether this process evaluates, or helps to, after so many steps."""
+        return (self.first or self.split) and self.due(step, self.config.evaluate_every)
+
+    def agreed(self, answer: bool) -> bool:
+        """The first process's answer, where several look together; else this one's own."""
+        return first_says(answer) if self.split else answer
 
     def facts(self) -> dict[str, object]:
         """What a resumed run must have in common with the one that was begun."""
@@ -71,8 +83,11 @@ class Run:
 
 
 def save(run: Run, step: int) -> None:
-    """Save the first rank's state, all ranks' being alike. Raises LdmError rather than save weights that are lost."""
-    if not run.first:
+    """Save the first rank's state, all ranks' being alike, or what their parts are together: the files are the same.
+
+    Raises LdmError rather than save weights that are lost.
+    """
+    if not (run.first or run.split):
         return
     run.update_average()
     optimizer, numbers = pack(run.optimizer)
@@ -82,6 +97,10 @@ def save(run: Run, step: int) -> None:
         "optimizer": optimizer,
         "buffers": _buffers(run.objective),
     }
+    if run.split:
+        tensors = {name: whole(held, keep=run.first) for name, held in tensors.items()}
+        if not run.first:
+            return
     if not all(bool(value.isfinite().all()) for value in tensors["weights"].values()):
         raise LdmError(f"step {step}: the weights are not finite, and were not saved; lower the rate and resume")
     scaler = run.accelerator.scaler  # of fp16
@@ -101,7 +120,7 @@ def resume(run: Run) -> int:
         raise LdmError(f"{run.output}: holds a run of another network; give another --output")
     with torch.no_grad():
         for name, value in weights.items():
-            parameters[name].copy_(value)
+            put(parameters[name], value)
         for name, value in state.tensors.get("buffers", {}).items():
             buffers[name].copy_(value)
     run.average.load_state_dict(state.tensors["ema"])

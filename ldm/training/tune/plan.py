@@ -16,6 +16,7 @@ from ldm.data.buckets import Size
 from ldm.training.engine.loop_config import LoopConfig
 from ldm.training.engine.memory_saving import checkpointed
 from ldm.training.engine.objective import Draw, step_generator
+from ldm.training.engine.split import is_split
 from ldm.training.tune.objective import TuneObjective
 
 STATES = {"adamw": 8.0, "muon": 4.0, "adamw8bit": 2.1, "adafactor": 0.1, "prodigy": 16.0, "schedulefree": 8.0}
@@ -73,7 +74,8 @@ def plan(
     chosen = [objective.pictures[i] for i in kept]
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     whole = loop.batch * loop.accumulate * processes
-    extra = trained * (STATES[loop.optimizer] + 4.0)  # the optimizer's and the average's
+    held = trained / processes if is_split(objective) else trained
+    extra = held * (STATES[loop.optimizer] + 4.0)  # the optimizer's and the average's
     regular = sum(picture.example.regular for picture in chosen)
     return Plan(
         pictures=len(chosen) - regular,

@@ -21,7 +21,8 @@ from ldm.training.engine.loop import Progress, held, train
 from ldm.training.engine.loop_config import LoopConfig, learning_rate
 from ldm.training.engine.memory_saving import checkpointed
 from ldm.training.engine.precision import DTYPES, resolved
-from ldm.training.engine.ranks import first_rank_first, rank_and_ranks
+from ldm.training.engine.ranks import first_rank_first, first_says, rank_and_ranks
+from ldm.training.engine.split import is_split, split
 from ldm.training.engine.state import check_facts, saved_facts
 from ldm.training.tune.cache import Cache
 from ldm.training.tune.captions import LiveCaptions, kept_captions, vary
@@ -41,7 +42,7 @@ from ldm.training.tune.pictures import Prepared, network_mark, prepare
 from ldm.training.tune.results import run_facts, step_of_result, write_result
 from ldm.training.tune.samples import Samples, samples_for
 from ldm.training.tune.settings import Tuning, buckets_for, check_base, held_out_numbers, text_share, weighing
-from ldm.training.tune.trained import Trained, trained_of
+from ldm.training.tune.trained import Trained, put_together, trained_of
 
 log = logging.getLogger(__name__)
 
@@ -80,14 +81,17 @@ def prepare_run(
 ) -> Run:
     """Encode pictures and captions, or find them in the cache, and set up what is trained.
 
-    loop_for: the loop for so many pictures; seen: told how many pictures are encoded. Raises LdmError where no picture
-    is left, where this process has begun on another device than the base's, and for all that does not fit together.
+    loop_for: the loop for so many pictures; seen: told how many pictures are encoded. Where all of a network is trained
+    it is the base's own. Raises LdmError where no picture is left, where this process has begun on another device than
+    the base's, and for all that does not fit together.
     """
     check_base(tuning, base.config)
     if base.store != "full":
         raise LdmError(f"base: was loaded with store={base.store!r}, whose weights cannot be trained; load it without")
     cache = Cache(tuning.cache or tuning.output / "cache")
     with first_rank_first(base.device):
+        if tuning.shard and rank_and_ranks()[1] == 1:
+            raise LdmError("shard: found one process, expected several; start it as torchrun --nproc-per-node 2 -m ldm")
         trained = trained_of(base, tuning)
         pictures, left_out = _prepared(tuning, found, base, cache, seen)
         if all(picture.example.regular for picture in pictures):
@@ -121,6 +125,9 @@ def prepare_run(
         facts=_facts(tuning, base, pictures, held_out) | {"batch": loop.batch},
     )
     objective.to(base.device)
+    if tuning.shard:
+        parts = [part for part in trained.networks if any(p.requires_grad for p in part.parameters())]
+        split(parts, base.device, DTYPES[loop.precision])
     numbers = tuple(range(len(chosen))), tuple(range(len(chosen), len(pictures)))
     samples = samples_for(tuning, trained, [objective.pictures[i] for i in numbers[1] or numbers[0]])
     return Run(tuning, loop, base, trained, objective, *numbers, left_out, (*found.notes, *notes), samples)
@@ -143,24 +150,31 @@ def tune(run: Run, progress: Callable[[Progress], None] | None = None) -> list[M
     asked = question(objective, own[:PROBES]), question(objective, run.held_out[:PROBES])
 
     def look(folder: Path, step: int) -> dict[str, float]:
-        seen = _measured(objective, step, *asked)
-        seen.save(folder, mark)
-        if step and figures(curves_of(run, load_measured(folder, mark, step))).best_step == step:
-            write_result(run.tuning, run.trained, run.base, told, step)
+        seen, written = _measured(objective, step, *asked), put_together(run.trained, keep=rank == 0)
+        if rank == 0:
+            seen.save(folder, mark)
+            if step and figures(curves_of(run, load_measured(folder, mark, step))).best_step == step:
+                write_result(run.tuning, written, run.base, told, step)
         with objective.lower_precision():
-            run.samples.draw(folder, step)
+            images = run.samples.draw()
+        if rank == 0:
+            run.samples.save(images, folder, step)
         held_out = {"held_out": float(seen.held_out.mean())} if len(seen.held_out) else {}
         return {"train": float(seen.train.mean()), **held_out}
 
     objective.look = look
-    if rank == 0 and not load_measured(folder, mark, 0):
-        with held(folder):
+    looking = rank == 0 or is_split(objective)  # what is split is looked at by all processes together
+    agreed = first_says if is_split(objective) else bool
+    if looking and agreed(not load_measured(folder, mark, 0)):
+        with held(folder) if rank == 0 else nullcontext():
             look(folder, 0)
     with checkpointed(run.trained.networks) if run.tuning.checkpointing else nullcontext():
         average = train(objective, loop, folder, progress, run.base.device)
-    if rank == 0 and _wants_last(run):
+    if looking and agreed(_wants_last(run)):
         average.swap(objective)
-        write_result(run.tuning, run.trained, run.base, told, loop.steps)
+        written = put_together(run.trained, keep=rank == 0)
+        if rank == 0:
+            write_result(run.tuning, written, run.base, told, loop.steps)
         average.swap(objective)
     return load_measured(folder, mark, loop.steps)
 

@@ -28,16 +28,18 @@ class Samples:
     model: LatentDiffusion
     requests: tuple[GenerateRequest, ...]
 
-    def draw(self, folder: Path, step: int) -> list[Image.Image]:
-        """Draw all, and write each as FOLDER/samples/step-N-i.png."""
-        images = [self.model.generate(request)[0].image for request in self.requests]
+    def draw(self) -> list[Image.Image]:
+        """All pictures, with the model as it is now."""
+        return [self.model.generate(request)[0].image for request in self.requests]
+
+    def save(self, images: Sequence[Image.Image], folder: Path, step: int) -> None:
+        """Write each as FOLDER/samples/step-N-i.png."""
         for path, image in zip(self.paths(folder, step), images, strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
             buffer = io.BytesIO()
             image.save(buffer, "PNG")
             with replacing(path) as file:
                 file.write(buffer.getvalue())
-        return images
 
     def paths(self, folder: Path, step: int) -> list[Path]:
         """Where the pictures of a step lie."""

@@ -36,6 +36,7 @@ class Tuning:
     samples:   prompts to draw on the way; none: captions of held-out pictures
     layout:    of the written adapter
     checkpointing: activations are worked out twice and not kept: slower, in less memory
+    shard:     each of the processes that train together keeps but its part of what is trained; for "full", or `whole`
     """
 
     pictures: Path
@@ -59,6 +60,7 @@ class Tuning:
     seed: int = 0
     layout: Literal["kohya", "diffusers"] = "kohya"
     checkpointing: bool = False
+    shard: bool = False
     cache: Path | None = None
 
     def __post_init__(self) -> None:
@@ -81,6 +83,8 @@ class Tuning:
             raise LdmError(f"text: the text towers are not trained by {self.method}; leave it away")
         if self.whole and self.method != "dreambooth":
             raise LdmError(f"whole: found with {self.method}, expected dreambooth; method full trains all of it")
+        if self.shard and not self.all_of_it:
+            raise LdmError(f"shard: found with {self.method}, which trains little; it is for method full")
         if self.by_adapter and self.layout == "diffusers" and self.adapter.kind in ("loha", "lokr"):
             raise LdmError(
                 f"layout: diffusers has no form for {self.adapter.kind}; use kohya's, or lora, locon or dora"
@@ -94,6 +98,11 @@ class Tuning:
     def by_adapter(self) -> bool:
         """Whether a LoRA or one of its kin is what is trained."""
         return self.method == "lora" or (self.method == "dreambooth" and not self.whole)
+
+    @property
+    def all_of_it(self) -> bool:
+        """Whether all of the U-Net is what is trained, and maybe of the text towers."""
+        return self.method == "full" or (self.method == "dreambooth" and self.whole)
 
 
 def _names_a_file(word: str) -> bool:

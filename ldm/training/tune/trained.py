@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -17,9 +16,11 @@ from ldm.models.unet import UNet
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.training.engine.loop_config import Precision
 from ldm.training.engine.precision import DTYPES
+from ldm.training.engine.split import is_split, whole
 from ldm.training.text_states import caption_ids, text_states
 from ldm.training.textual_inversion import NewWord, new_word
 from ldm.training.tune.settings import Tuning
+from ldm.weights.layout import build
 
 CONTROL = "tuned"
 """What requests call the control network that is trained."""
@@ -41,6 +42,7 @@ class Trained:
 def trained_of(base: LatentDiffusion, tuning: Tuning) -> Trained:
     """The model to train; the base stays as it is but for gradients, which none of its tensors wants.
 
+    Where all of a network is trained it is the base's own, in float32: two would not fit where one does.
     Raises LdmError where the model has not what the method trains.
     """
     word, control, model = None, None, base
@@ -56,19 +58,41 @@ def trained_of(base: LatentDiffusion, tuning: Tuning) -> Trained:
         control = new_control(base, tuning.seed)
         model = replace(base, controls={CONTROL: control})
     else:
-        unet = cast("UNet", _whole(base.unet))
-        text = tuple(_whole(_module(tower)) for tower in base.text) if tuning.text else base.text
-        model = replace(base, unet=unet, text=cast("tuple[TextTower, ...]", text), dtype=torch.float32)
+        for network in (base.unet, *(map(_module, base.text) if tuning.text else ())):
+            network.float().requires_grad_(True)
+        model = replace(base, dtype=torch.float32)
         if tuning.text:
             _leave_what_is_not_read(model)
     parts = [model.unet, *map(_module, model.text), *([word] if word else []), *([control] if control else [])]
     return Trained(model, nn.ModuleList(parts), word, control)
 
 
+def put_together(trained: Trained, keep: bool) -> Trained:
+    """The same with the networks that are split as they would be without, on the CPU, to be written and not run.
+
+    All processes ask for it at once; keep: whether this one gets the numbers, and does not only lend its parts
+    """
+    if not is_split(trained.networks):
+        return trained
+    model, built = trained.model, build(trained.model.config)
+    pairs = zip((model.unet, *map(_module, model.text)), (built.unet, *built.text), strict=True)
+    unet, *text = (_put_together(network, like, keep) for network, like in pairs)
+    model = replace(model, unet=cast("UNet", unet), text=cast("tuple[TextTower, ...]", tuple(text)))
+    return replace(trained, model=model)
+
+
+def _put_together(network: nn.Module, like: nn.Module, keep: bool) -> nn.Module:
+    if not is_split(network):
+        return network
+    state = whole(network.state_dict(), keep)
+    if keep:
+        like.load_state_dict(state, strict=True, assign=True)
+    return like
+
+
 def base_dtype(tuning: Tuning, device: torch.device, precision: Precision) -> torch.dtype:
     """In which dtype the base is loaded: as few bytes as the method allows. precision: of the run, not "auto"."""
-    whole = not tuning.by_adapter and tuning.method in ("full", "dreambooth")
-    return torch.float32 if whole or device.type != "cuda" else DTYPES[precision]
+    return torch.float32 if tuning.all_of_it or device.type != "cuda" else DTYPES[precision]
 
 
 def new_control(base: LatentDiffusion, seed: int) -> ControlNet:
@@ -102,11 +126,6 @@ def _leave_what_is_not_read(model: LatentDiffusion) -> None:
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
-
-
-def _whole(network: nn.Module) -> nn.Module:
-    """A copy to train all of, float32."""
-    return copy.deepcopy(network).float().requires_grad_(True)
 
 
 def _module(tower: object) -> nn.Module:

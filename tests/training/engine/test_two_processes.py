@@ -46,8 +46,24 @@ def test_two_that_see_the_same_are_told_apart(folder: Path, tmp_path: Path) -> N
     assert not torch.allclose(two["layer.2.weight"], other["layer.2.weight"], atol=1e-4)
 
 
-def test_what_two_began_one_may_finish(folder: Path, tmp_path: Path) -> None:
-    state = load_state(folder / "stopped")
+def test_parts_are_trained_as_a_whole_is(folder: Path) -> None:
+    """Looks with the averaged weights on the way included: the steps after them go on from the trained ones."""
+    whole = load_file(folder / "adamw-0.safetensors")
+    for name in ("split-0", "split-1", "resumed-0"):
+        found = load_file(folder / f"{name}.safetensors")
+        assert found.keys() == whole.keys()
+        assert all(torch.allclose(found[key], weight, atol=1e-6) for key, weight in whole.items()), name
+    split, resumed = (load_file(folder / f"{name}-0.safetensors") for name in ("split", "resumed"))
+    assert all(torch.equal(split[key], weight) for key, weight in resumed.items())
+    ours, theirs = read_figures(folder / "split"), read_figures(folder / "adamw")
+    assert [(f.step, f.of) for f in ours] == [(f.step, f.of) for f in theirs] != []
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.values == pytest.approx(other.values, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["stopped", "stopped-split"])
+def test_what_two_began_one_may_finish(folder: Path, tmp_path: Path, name: str) -> None:
+    state = load_state(folder / name)
     assert state is not None and state.step == STOP_AT
-    resumed, whole = trained(ALONE, folder / "stopped"), trained(ALONE, tmp_path)
+    resumed, whole = trained(ALONE, folder / name), trained(ALONE, tmp_path)
     assert all(torch.allclose(resumed[name], weight, atol=1e-6) for name, weight in whole.items())

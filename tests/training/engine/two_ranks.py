@@ -5,6 +5,7 @@ Usage: two_ranks.py FOLDER, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT i
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,10 @@ import torch
 from line import CONFIG, Line
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ldm.training.engine.loop import LoopConfig, train
+from ldm.training.engine.split import split, whole
 
 TWICE = replace(CONFIG, accumulate=3, decayed="matrices", workers=2)
 """What each of two does; one process alone accumulates twice as much."""
@@ -37,12 +40,16 @@ class Net(Line):
         return {"middle": float(self.layer(torch.zeros(1, 1)))}
 
 
-def trained(config: LoopConfig, output: Path) -> dict[str, Tensor]:
-    """The weights after the run, and their average."""
+def trained(config: LoopConfig, output: Path, parted: bool = False) -> dict[str, Tensor]:
+    """The weights after the run, and their average. parted: each process has its part of them alone."""
     net = Net()
+    if parted:
+        split([net.layer], torch.device("cpu"), torch.float32)
+        held = sum(p.to_local().numel() for p in net.parameters() if isinstance(p, DTensor))
+        assert held < 0.6 * sum(p.numel() for p in net.parameters())
     average = train(net, config, output)
     weights = {name: p.detach() for name, p in net.named_parameters()}
-    return weights | {f"average.{name}": p for name, p in average.weights.items()}
+    return whole(weights | {f"average.{name}": p for name, p in average.weights.items()})
 
 
 def main(folder: Path) -> None:
@@ -50,6 +57,14 @@ def main(folder: Path) -> None:
         found = trained(replace(TWICE, optimizer=optimizer), folder / optimizer)
         save_file(found, folder / f"{optimizer}-{torch.distributed.get_rank()}.safetensors")
     trained(replace(TWICE, steps=STOP_AT), folder / "stopped")
+    found = trained(TWICE, folder / "split", parted=True)
+    save_file(found, folder / f"split-{torch.distributed.get_rank()}.safetensors")
+    trained(replace(TWICE, steps=STOP_AT), folder / "resumed", parted=True)
+    if torch.distributed.get_rank() == 0:
+        shutil.copytree(folder / "resumed", folder / "stopped-split")
+    torch.distributed.barrier()
+    found = trained(TWICE, folder / "resumed", parted=True)
+    save_file(found, folder / f"resumed-{torch.distributed.get_rank()}.safetensors")
     torch.distributed.destroy_process_group()
 
 

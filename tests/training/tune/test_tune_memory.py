@@ -71,10 +71,10 @@ def test_a_lora_takes_what_drawing_does_and_itself():
     assert 0 < told["look"] - max(drawn["denoise"], drawn["decode"]) < 2e6  # a rank of 4 of a tiny model
 
 
-def test_all_of_a_unet_is_there_as_base_as_weights_as_average_and_as_two_moments():
+def test_all_of_a_unet_is_there_as_weights_as_average_and_as_two_moments():
     lora, full = planned(small()), planned(small(), method="full")
-    assert full["save"] - lora["save"] == pytest.approx(4 * unet_bytes(small()), rel=0.05)
-    assert full["encode"] - lora["encode"] == pytest.approx(unet_bytes(small()), rel=0.05)
+    assert full["save"] - lora["save"] == pytest.approx(3 * unet_bytes(small()), rel=0.05)
+    assert full["encode"] <= lora["encode"]  # no second one beside the base's own
     kept = planned(small(), method="full", accumulate=2)
     assert 0 < kept["step"] - full["step"] <= unet_bytes(small())  # gradients beside activations
 

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from shallow import shallow
 from together import run_together
-from tune_ranks import METHODS, tune
+from tune_ranks import tune
 
 from ldm.models.presets import sd2
 from ldm.pipeline.load import random_system, save_checkpoint
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_two_write_what_one_does(folder: Path, tmp_path: Path, method: str) -> None:
     file = f"two-{method}.safetensors"
     two = load_file(folder / f"two-{method}" / file)
@@ -47,6 +47,23 @@ def test_two_write_what_one_does(folder: Path, tmp_path: Path, method: str) -> N
     if method == "full":
         base = load_file(folder / "tiny.safetensors")
         assert any(not torch.equal(two[n], base[n]) for n in two if n.startswith("cond_stage_model"))
+
+
+def test_split_weights_are_written_as_whole_ones(folder: Path) -> None:
+    """The saves too, which one process may go on from."""
+    split, kept = (
+        load_file(folder / "two-split/two-split.safetensors"),
+        load_file(folder / "two-full/two-full.safetensors"),
+    )
+    base = load_file(folder / "tiny.safetensors")
+    assert split.keys() == kept.keys()
+    assert apart(split, kept) < 0.02 * apart(kept, {name: base[name].half() for name in kept})
+    for file in ("weights", "ema", "optimizer"):
+        ours, theirs = (
+            load_file(folder / f"two-{name}/step-00000002/{file}.safetensors") for name in ("split", "full")
+        )
+        assert ours.keys() == theirs.keys()
+        assert all(ours[name].shape == theirs[name].shape for name in ours)
 
 
 def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
