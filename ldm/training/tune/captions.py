@@ -15,6 +15,7 @@ from torch import Tensor
 from ldm.data.buckets import Crop
 from ldm.data.captions import whole
 from ldm.data.example import Example
+from ldm.errors import LdmError, printable
 from ldm.models.presets import SystemConfig
 from ldm.models.text_encoder import TextStates
 from ldm.pipeline.latent_diffusion import LatentDiffusion
@@ -84,6 +85,8 @@ def kept_captions(model: LatentDiffusion, examples: Iterable[Example], cache: Ca
 
     def ask(caption: str) -> dict[str, Tensor]:
         said = text_states(model, caption_ids(model, [caption]).to(device))
+        if not said.states.isfinite().all():
+            raise LdmError(f"caption {printable(caption[:60])!r}: its text states are not finite; give --precision no")
         pooled = {} if said.pooled is None else {"pooled": said.pooled[0].float()}
         return {"states": said.states[0].float(), **pooled}
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from ldm.errors import LdmError
 from ldm.training.tune.objective import TuneObjective
-from ldm.weights.io import read_header, read_tensors
+from ldm.weights.io import Header, read_header, read_tensors
 from ldm.weights.save import write_tensors
 
+log = logging.getLogger(__name__)
 FACTS = "ldm.facts"
 """The metadata entry with what `mark_of` says of the run that was measured."""
 
@@ -110,24 +112,31 @@ def mark_of(objective: TuneObjective) -> str:
 
 def measured_of_others(folder: Path, mark: str) -> list[Path]:
     """Files with another mark than this, by step; one without any, as all once were, is taken for the run's."""
-    paths = sorted((folder / "measured").glob("step-*.safetensors"))
-    return [path for path in paths if read_header(path).metadata.get(FACTS, mark) != mark]
+    return [path for path, header in _headers(folder) if header.metadata.get(FACTS, mark) != mark]
 
 
 def load_measured(folder: Path, mark: str, until: int) -> list[Measured]:
     """All that was measured of the run of this mark up to a step, by step; without what other settings left there.
 
-    Raises LdmError for a file that is damaged.
+    A file that is damaged is passed over, with a warning: the verdict does without that step.
     """
-    found, others = [], measured_of_others(folder, mark)
-    for path in sorted((folder / "measured").glob("step-*.safetensors")):
+    found = []
+    for path, header in _headers(folder):
         step = int(path.stem.removeprefix("step-"))
-        if step > until or path in others:
+        if step > until or header.metadata.get(FACTS, mark) != mark:
             continue
-        header = read_header(path)
-        tensors = {name: tensor.clone() for name, tensor in read_tensors(header, header.tensors)}
         try:
+            tensors = {name: tensor.clone() for name, tensor in read_tensors(header, header.tensors)}
             found.append(Measured(step, **tensors))
-        except TypeError:
-            raise LdmError(f"{path}: is not what was measured there; remove it and resume the run") from None
+        except (LdmError, TypeError):
+            log.warning("%s: is not what was measured there, and is passed over", path)
     return found
+
+
+def _headers(folder: Path) -> Iterator[tuple[Path, Header]]:
+    """What was measured, by step; a warning for each file that cannot be read."""
+    for path in sorted((folder / "measured").glob("step-*.safetensors")):
+        try:
+            yield path, read_header(path)
+        except LdmError as error:
+            log.warning("%s; it is passed over", error)

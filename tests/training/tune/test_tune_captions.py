@@ -9,6 +9,7 @@ from ldm.data.buckets import Crop
 from ldm.data.captions import CaptionRules
 from ldm.data.example import Example
 from ldm.data.file_at import FileAt
+from ldm.errors import LdmError
 from ldm.models.presets import sd1, sdxl, small, tiny
 from ldm.pipeline.load import random_system
 from ldm.training.tune.cache import Cache
@@ -43,6 +44,17 @@ def test_kept_and_live_captions_are_what_prompts_are(layout, tmp_path):
             if layout == "sdxl":
                 assert theirs.vector is not None and cond.vector is not None
                 assert torch.allclose(cond.vector[row], theirs.vector[0], atol=1e-4)
+
+
+def test_states_that_are_no_numbers_are_not_kept(tmp_path):
+    """As of a tower that half precision is too small for."""
+    model = random_system(tiny(sd1()))
+    (tower,) = model.text
+    with torch.no_grad():
+        next(iter(tower.parameters())).fill_(torch.nan)  # type: ignore[attr-defined]
+    with pytest.raises(LdmError, match="caption '': its text states are not finite; give --precision no"):
+        kept_captions(model, examples(CaptionRules()), Cache(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_gradients_reach_the_towers_only_where_they_are_trained():

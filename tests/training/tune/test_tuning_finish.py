@@ -91,3 +91,13 @@ def test_a_sample_that_is_gone_or_damaged_costs_no_verdict(small_run: Run):
     last[0].write_bytes(b"no picture")
     ended = ended_of(small_run)
     assert ended.verdict.sentences and "<html" in ended.report.read_text()
+
+
+def test_a_measurement_that_is_damaged_costs_its_step_alone(small_run: Run, caplog: pytest.LogCaptureFixture):
+    """What can be measured again is: the base is there still, the weights of a step are not."""
+    first = tune(small_run)
+    assert [seen.step for seen in first] == [0, 2]
+    for path in (small_run.tuning.output / "measured").iterdir():
+        path.write_bytes(path.read_bytes()[:-7])
+    assert [seen.step for seen in tune(small_run)] == [0]
+    assert "passed over" in caplog.text
