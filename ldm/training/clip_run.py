@@ -71,7 +71,7 @@ def train_clip(run: ClipRun, loop: LoopConfig) -> Path:
     )  # fmt: skip
     log.info("%s: %.1f M parameters, %d pictures", config.name, _millions(model), len(pairs.kept))
     average = train(objective, loop, run.output)
-    average.swap(objective)
+    average.swap()
     if rank_and_ranks()[0] == 0:
         export(run.output, model, config)
     return run.output / MODEL_FILE

@@ -57,7 +57,7 @@ def train_judge(work: Workspace, loop: LoopConfig | None) -> None:
     judge = Judge(JudgeConfig(concepts, names))
     flips = np.array([may_flip(record) for record in records])
     objective = JudgeObjective(judge, pictures, labels, flips, numbers[~held_out], numbers[held_out])
-    train(objective, loop, work.stage("judge")).swap(objective)
+    train(objective, loop, work.stage("judge")).swap()
     save_judge(work.runs / JUDGE, judge)
 
 

@@ -108,7 +108,7 @@ def train_autoencoder(work: Workspace, loop: LoopConfig | None) -> None:
     autoencoder = AutoencoderKL(work.config.autoencoder)
     crop = work.config.size // 2
     objective = AutoencoderObjective(autoencoder, pictures, kept, held_out, crop, AutoencoderLoss())
-    train(objective, loop, work.stage("autoencoder")).swap(objective)
+    train(objective, loop, work.stage("autoencoder")).swap()
     centre_latents(autoencoder.eval().cpu(), pictures[::29])
     _save(autoencoder, work.stage("autoencoder") / "autoencoder.safetensors")
 
@@ -119,7 +119,7 @@ def train_vae_decoder(work: Workspace, loop: LoopConfig | None) -> None:
     pictures, records = open_packed(work.pictures, work.config.size)
     autoencoder = _autoencoder(work)
     objective = VAEDecoderObjective(autoencoder, pictures, *_split(records), AutoencoderLoss())
-    train(objective, loop, work.stage("vae-decoder")).swap(objective)
+    train(objective, loop, work.stage("vae-decoder")).swap()
     _save(autoencoder, work.stage("vae-decoder") / "autoencoder.safetensors")
 
 
@@ -138,7 +138,7 @@ def train_clip(work: Workspace, loop: LoopConfig | None) -> None:
     torch.manual_seed(loop.seed)
     model = small_clip(use.tower, image)
     objective = CLIPObjective(model, pairs, tokens, Pixels(image.size, image.mean, image.deviation))
-    train(objective, loop, work.stage("clip")).swap(objective)
+    train(objective, loop, work.stage("clip")).swap()
     _save(model, work.stage("clip") / "clip.safetensors")
 
 
@@ -177,7 +177,7 @@ def train_unet(work: Workspace, loop: LoopConfig | None) -> None:
         share=_shares(records),
         preview=preview,
     )
-    train(objective, loop, work.stage("unet")).swap(objective)
+    train(objective, loop, work.stage("unet")).swap()
     fold(model.unet, data.whitening)
     _save(model.unet, work.stage("unet") / "unet.safetensors")
 
@@ -213,7 +213,7 @@ def train_decoder(work: Workspace, loop: LoopConfig | None) -> None:
         unet, model.schedule, config.prediction, data, held_out.tolist(), share=_shares(records), drop=DROP_TEXT
     )
     objective = DecoderObjective(diffusion, model.image_tokens, model.augmentor, embeddings, preview=preview)
-    train(objective, loop, work.stage("decoder")).swap(objective)
+    train(objective, loop, work.stage("decoder")).swap()
     fold(unet, data.whitening)
     tokens = plain_tokens(model.image_tokens, data.whitening.states)
     text = (cast(OpenCLIPText, base.text[0]),)
@@ -229,7 +229,7 @@ def train_prior(work: Workspace, loop: LoopConfig | None) -> None:
     prior = Prior(_prior_config(work))
     set_statistics(prior, torch.from_numpy(data.embeddings[kept, 0]).float())
     objective = PriorObjective(prior, data, held_out, share=share)
-    train(objective, loop, work.stage("prior")).swap(objective)
+    train(objective, loop, work.stage("prior")).swap()
     fold_text(prior, data.whitening)
     save_prior(work.runs / PRIOR, prior, dtype=torch.float16)
 
@@ -245,7 +245,7 @@ def train_prior_ar(work: Workspace, loop: LoopConfig | None) -> None:
     prior = AutoregressivePrior(replace(_prior_config(work), codes=codes))
     set_speller(prior, found, embeddings, data.vectors(data.first[kept].tolist()))
     objective = CodesObjective(prior, data, held_out, share=share)
-    train(objective, loop, work.stage("prior-ar")).swap(objective)
+    train(objective, loop, work.stage("prior-ar")).swap()
     fold_text(prior, data.whitening)
     save_prior(work.runs / PRIOR_AR, prior, dtype=torch.float16)
 

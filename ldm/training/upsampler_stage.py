@@ -50,7 +50,7 @@ def train_upsampler(work: Workspace, loop: LoopConfig | None) -> None:
         config.size // 2, preview=preview,
     )  # fmt: skip
     measure_deviation(objective)
-    train(objective, loop, work.stage("upsampler")).swap(objective)
+    train(objective, loop, work.stage("upsampler")).swap()
     save_checkpoint(system_of(config, unet, first_stage), work.runs / UPSAMPLER, dtype=torch.float16)
 
 

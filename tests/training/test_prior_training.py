@@ -125,7 +125,7 @@ def test_the_denoiser_learns_the_posterior_mean_of_a_mixture(tmp_path: Path) -> 
     set_statistics(prior, embeddings)
     torch.testing.assert_close(prior.to_unit(embeddings).std(dim=0), torch.ones(P))
     objective = PriorObjective(prior, data, [0])
-    train(objective, LOOP, tmp_path).swap(objective)
+    train(objective, LOOP, tmp_path).swap()
     denoiser = objective.denoiser
     spread = deviation / prior.data_std
     for sigma in (0.5, 1.5, 5.0):
@@ -163,7 +163,7 @@ def test_a_prior_knows_pictures_that_simpler_guesses_do_not(tmp_path: Path) -> N
     prior = Prior(CONFIG)
     set_statistics(prior, embeddings[25:])
     objective = PriorObjective(prior, data, gallery)
-    train(objective, LOOP, tmp_path).swap(objective)
+    train(objective, LOOP, tmp_path).swap()
     with torch.no_grad():
         seen = objective.evaluate(tmp_path, 1)["recall@1"]
     fold_text(prior, data.whitening)
@@ -239,7 +239,7 @@ def test_the_autoregressive_prior_learns_a_distribution(tmp_path: Path) -> None:
     prior.speller.edges.fill_(2.0)
     objective = CodesObjective(prior, data, [0, 1, 2])
     assert objective.batch(Draw(8, 0, generator))["codes"].shape == (8, len(found.variances))
-    train(objective, replace(LOOP, steps=200), tmp_path).swap(objective)
+    train(objective, replace(LOOP, steps=200), tmp_path).swap()
     batch = objective.batch(Draw(2000, 0, generator))
     kept = {name: t[~batch["dropped"]] for name, t in batch.items()}
     with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ldm.training.engine.split import put
 
@@ -16,15 +17,15 @@ class EMA:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.weights = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+        self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.weights = {name: p.detach().clone() for name, p in self._trained.items()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         """Take in the weights as they are after step number `step` (0-based)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                self.weights[name].lerp_(parameter, 1.0 - decay)
+        if self.weights:
+            take_in = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
+            take_in(tuple(self.weights.values()), tuple(self._trained.values()), step)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by parameter name."""
@@ -39,10 +40,9 @@ class EMA:
             put(self.weights[name], weight)
 
     @torch.no_grad()
-    def swap(self, module: nn.Module) -> None:
+    def swap(self) -> None:
         """Exchange the module's weights with the averages; call it again to change back."""
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                held = self.weights[name].clone()
-                self.weights[name].copy_(parameter)
-                parameter.copy_(held)
+        for name, parameter in self._trained.items():
+            held = self.weights[name].clone()
+            self.weights[name].copy_(parameter)
+            parameter.copy_(held)

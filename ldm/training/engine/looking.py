@@ -21,7 +21,7 @@ def evaluate(run: Run, step: int) -> None:
     Of weights that are split all processes look together, and where one of them fails none can go on.
     """
     run.update_average()
-    run.average.swap(run.objective)
+    run.average.swap()
     run.objective.eval()
     try:
         # Compiling the network anew for the few shapes of an evaluation would cost minutes.
@@ -34,7 +34,7 @@ def evaluate(run: Run, step: int) -> None:
         return
     finally:
         run.objective.train()
-        run.average.swap(run.objective)
+        run.average.swap()
     if not run.first:
         return
     log.info("step %d  %s", step, in_words(figures))

@@ -228,7 +228,7 @@ def _gradient_step(run: Run, batches: Iterator[tuple[Draw, Batch]]) -> dict[str,
             if accelerator.sync_gradients:
                 if accelerator.scaler is not None:
                     accelerator.scaler.unscale_(run.optimizer)
-                norm = accelerator.clip_grad_norm_(run.model.parameters(), config.clip)
+                norm = accelerator.clip_grad_norm_(run.trained, config.clip)
                 norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
                 if not math.isfinite(float(norm)):
                     run.stepper.zero_grad()

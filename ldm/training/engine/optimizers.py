@@ -73,7 +73,7 @@ def take_average(optimizer: Any, module: nn.Module, ema: EMA) -> None:
     """Set `ema` to the average that a schedule-free optimizer keeps; the weights stay as they are, to the bit."""
     held = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
     optimizer.eval()
-    ema.swap(module)
+    ema.swap()
     optimizer.train()
     with torch.no_grad():
         for name, parameter in module.named_parameters():

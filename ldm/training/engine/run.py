@@ -48,6 +48,11 @@ class Run:
         return self.accelerator.is_main_process
 
     @property
+    def trained(self) -> list[nn.Parameter]:
+        """All that the optimizer has: to look through the networks for it would take milliseconds."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @property
     def batches(self) -> int:
         """Of a step, over all ranks."""
         return self.config.accumulate * self.accelerator.num_processes
@@ -79,7 +84,7 @@ class Run:
             if step is None:
                 take_average(self.optimizer, self.objective, self.average)
         elif step is not None:
-            self.average.update(self.objective, step)
+            self.average.update(step)
 
 
 def save(run: Run, step: int) -> None:

@@ -171,11 +171,11 @@ def tune(run: Run, progress: Callable[[Progress], None] | None = None) -> list[M
     with checkpointed(run.trained.networks) if run.tuning.checkpointing else nullcontext():
         average = train(objective, loop, folder, progress, run.base.device)
     if looking and agreed(_wants_last(run)):
-        average.swap(objective)
+        average.swap()
         written = put_together(run.trained, keep=rank == 0)
         if rank == 0:
             write_result(run.tuning, written, run.base, told, loop.steps)
-        average.swap(objective)
+        average.swap()
     return load_measured(folder, mark, loop.steps)
 
 

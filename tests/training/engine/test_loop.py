@@ -204,11 +204,11 @@ def test_average_is_the_recursion_and_swaps_back() -> None:
     for step in range(20):
         with torch.no_grad():
             layer.weight.fill_(float(step))
-        average.update(layer, step)
+        average.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
     assert float(average.weights["weight"]) == pytest.approx(expected, rel=1e-5)
-    average.swap(layer)
+    average.swap()
     assert layer.weight.item() == pytest.approx(expected, rel=1e-5)
-    average.swap(layer)
+    average.swap()
     assert layer.weight.item() == 19.0
