@@ -476,6 +476,8 @@ class Plan:
     """Begin with a picture."""
     lora: bool = False
     """With adapters, which may change every matrix: those are held as they were, too."""
+    controls: Annotated[int, arg(metavar="N")] = 0
+    """How many ControlNets look on."""
     vae_tile: Annotated[int | None, arg(metavar="PIXELS", help_behavior_hint="")] = None
     """Decode in tiles of this side."""
     offload: Literal["none", "parts", "blocks"] = "none"

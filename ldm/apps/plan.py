@@ -18,7 +18,7 @@ from ldm.pipeline.device import available_memory, choose_device, choose_precisio
 from ldm.pipeline.first_stage import TILE
 from ldm.pipeline.load import SHIPPED, shipped_model
 from ldm.pipeline.plan import Phase, Work, peak, plan_drawing, tensors_of
-from ldm.pipeline.request import GenerateRequest
+from ldm.pipeline.request import MAX_CONTROLS, GenerateRequest
 from ldm.pipeline.sample import batch_size
 from ldm.weights.detect import detect
 from ldm.weights.find import locate, model_roots
@@ -72,6 +72,8 @@ def work_of(command: Plan) -> tuple[Work, str]:
     """The flags as a piece of work, and the model's name. Raises LdmError for values that cannot be."""
     device = device_of(command.device)
     check_offload(command.offload, device)
+    if not 0 <= command.controls <= MAX_CONTROLS:
+        raise LdmError(f"controls: found {command.controls}, expected how many ControlNets, 0 to {MAX_CONTROLS}")
     name, config, tensors = model_of(command)
     width, height = size_of("size", command.size) or (config.size, config.size)
     request = GenerateRequest(
@@ -88,6 +90,7 @@ def work_of(command: Plan) -> tuple[Work, str]:
         guided=command.guidance != 1,
         from_picture=command.image,
         adapted=command.lora,
+        controls=command.controls,
         vae_tile=command.vae_tile,
         offload=command.offload,
         store=command.store,

@@ -25,7 +25,7 @@ from ldm.training.tune.trained import base_dtype
 if TYPE_CHECKING:
     from ldm.apps.options import Plan
 
-DRAWING_ALONE = ("guidance", "image", "lora", "vae_tile", "offload", "store", "dtype")
+DRAWING_ALONE = ("guidance", "image", "lora", "controls", "vae_tile", "offload", "store", "dtype")
 """Flags that a plan for tuning does not heed."""
 
 WORTH_NAMING = 0.97

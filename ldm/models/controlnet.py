@@ -30,6 +30,11 @@ class ControlNetConfig:
     hint_widths: tuple[int, ...] = (16, 32, 96, 256)
     pooled: bool = False
 
+    @classmethod
+    def usual(cls, unet: UNetConfig, downsampling: int) -> ControlNetConfig:
+        """As they are mostly made. downsampling: of the latents, a power of 2 of at most 16"""
+        return cls(unet=unet, hint_widths=(16, 32, 96, 256, 256)[: downsampling.bit_length()])
+
     @property
     def downsampling(self) -> int:
         """How many pixels of the picture stand for one of the latent, along each side."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm.layers.in_bytes import Store, keep_in_bytes
 from ldm.layers.sharing import copy_on, weights_of
 from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.offloading import OFFLOADS, Anything, Offload, block_by_block, blocks_of
 from ldm.models.presets import SystemConfig
 from ldm.models.tiled import decode_tiled
@@ -59,6 +60,7 @@ class Work:
     offload:       what waits beside the device
     store:         how the U-Net's blocks keep their weights
     adapted:       whether adapters change its weights, which are then there twice, changed and as they were
+    controls:      how many ControlNets look on
     """
 
     config: SystemConfig
@@ -74,6 +76,7 @@ class Work:
     offload: Offload = "none"
     store: Store = "full"
     adapted: bool = False
+    controls: int = 0
 
 
 def tensors_of(config: SystemConfig, dtype: str = "F16") -> dict[str, TensorInfo]:
@@ -96,7 +99,7 @@ def plan_drawing(work: Work) -> tuple[Phase, ...]:
     Counted is what the process holds more than before it loaded the model: on a GPU, of the GPU's memory.
     """
     phases: list[Phase] = []
-    networks, staying = build(work.config), 0
+    networks, controls, staying = build(work.config), _controls(work), 0
     if work.store == "int8":
         keep_in_bytes(blocks_of(networks.unet))
     if on_gpu := work.device.type != "cpu":  # where the file's pages are not counted
@@ -106,6 +109,8 @@ def plan_drawing(work: Work) -> tuple[Phase, ...]:
         staying = sum(tensor.nbytes for network in each for tensor in weights_of(network))
         if work.offload == "none" and work.adapted:
             staying += sum(tensor.nbytes for tensor in _adapted(networks))
+    if work.offload == "none":
+        staying += sum(tensor.nbytes for control in controls for tensor in weights_of(control))
     with live_memory(work.device) as memory, torch.no_grad():
 
         def ended(name: str, besides: int = RUNNING + KEPT_BACK) -> None:
@@ -128,9 +133,7 @@ def plan_drawing(work: Work) -> tuple[Phase, ...]:
         latents = make(work.batch, work.config.autoencoder.latent_channels, work.height // f, work.width // f)
         rows = len(latents) * (2 if work.guided else 1)
         x = latents.repeat(rows // len(latents), 1, 1, 1).to(precision.unet)
-        unet = block_by_block(networks.unet, work.device) if work.offload == "blocks" else _present(networks.unet, work)
-        unet(x, make(rows), cond.repeat(rows))
-        del unet
+        _denoise(networks.unet, controls, x, cond.repeat(rows), work)
         ended("denoise")
         latent = latents[:1].to(precision.autoencoder)
         autoencoder = _present(networks.autoencoder, work)
@@ -142,6 +145,19 @@ def plan_drawing(work: Work) -> tuple[Phase, ...]:
         ended("decode")
         del changed
     return tuple(phases)
+
+
+def _denoise(unet: nn.Module, controls: Sequence[nn.Module], x: Tensor, cond: Conditioning, work: Work) -> None:
+    """One step of all rows of `x`: the ControlNets one by one, then the U-Net, told the sum of what they say."""
+    present = partial(block_by_block, device=work.device) if work.offload == "blocks" else partial(_present, work=work)
+    unet, *looking = (present(network) for network in (unet, *controls))
+    shown = [x.new_empty(1, 3, work.height, work.width) for _ in looking]
+    timestep = torch.empty(len(x), device=x.device)
+    told: tuple[Tensor, ...] = ()
+    for control, picture in zip(looking, shown, strict=True):
+        said = tuple(residual * 1.0 for residual in control(x, timestep, cond, picture))
+        told = tuple(a + b for a, b in zip(told, said, strict=True)) if told else said
+    unet(x, timestep, cond.with_(control=told))
 
 
 def peak(phases: Iterable[Phase]) -> int:
@@ -184,6 +200,13 @@ def _plenty(work: Work) -> int:
     """More bytes than drawing takes, for sure, and found at once: the weights once too often, and room for pixels."""
     weights = sum(info.count for info in work.tensors.values()) * work.precision.unet.itemsize
     return (3 if work.adapted else 2) * weights + 8192 * work.width * work.height * work.batch
+
+
+def _controls(work: Work) -> list[ControlNet]:
+    """ControlNets of the usual kind for this model, in the precision of its U-Net."""
+    config = ControlNetConfig.usual(work.config.unet, work.config.autoencoder.downsampling)
+    with META:
+        return [ControlNet(config).to(work.precision.unet) for _ in range(work.controls)]
 
 
 def _adapted(networks: Networks) -> list[Tensor]:

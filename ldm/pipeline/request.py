@@ -33,6 +33,7 @@ MAX_PIXELS = 2048 * 1536
 MAX_SEED = 2**63 - 1
 MAX_JSON = 40 * 2**20
 MAX_EXTEND = 1024
+MAX_CONTROLS = 8
 MAX_COMFY_BATCH = 64
 
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -267,7 +268,7 @@ class GenerateRequest(Record):
     controls: Annotated[
         tuple[Control, ...],
         BeforeValidator(tuple_of_list),
-        Field(max_length=8, description="a list of at most 8 controls"),
+        Field(max_length=MAX_CONTROLS, description=f"a list of at most {MAX_CONTROLS} controls"),
     ] = ()
 
     @model_validator(mode="before")

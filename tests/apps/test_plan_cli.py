@@ -58,6 +58,7 @@ def test_a_gpu_can_be_planned_for_where_there_is_none(capsys):
         (["--preset", "sd15", "--model", "x"], "found both"),
         (["--budget", "six"], "budget: found six, expected an amount of memory"),
         (["--size", "100"], "multiple of 8"),
+        (["--controls", "-1"], "controls: found -1, expected how many ControlNets, 0 to 8"),
         (["--model", "/nowhere/x.safetensors"], "/nowhere/x.safetensors"),
     ],
 )

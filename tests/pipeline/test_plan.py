@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.presets import SystemConfig, sd2, sdxl, tiny
 from ldm.models.text_encoder import TextConfig
 from ldm.pipeline.device import available_memory, choose_precision, multiplies_bfloat16
@@ -96,6 +97,23 @@ def test_adapters_leave_what_they_change_as_it_was():
     assert peak(plan_drawing(on_gpu)) - peak(plan_drawing(replace(on_gpu, adapted=False))) == sum(
         p.nbytes for p in changing
     )
+
+
+def test_controlnets_stay_beside_the_model_unless_they_wait_elsewhere():
+    config = tiny(sd2())
+    with torch.device("meta"):
+        weights = sum(p.nbytes for p in ControlNet(ControlNetConfig(config.unet)).parameters())
+    on_gpu = replace(work(config, "float32"), device=torch.device("cuda"))
+    for given in (work(config, "float32"), on_gpu):
+        plain, one, two = (plan_drawing(replace(given, controls=count)) for count in (0, 1, 2))
+        for which in (0, 1, 3):  # load, text, decode
+            assert one[which].peak - plain[which].peak == weights
+            assert two[which].peak - plain[which].peak == 2 * weights
+        # 13 residuals of the last to look and the sum over both are there when the U-Net begins
+        assert weights < one[2].peak - plain[2].peak < two[2].peak - plain[2].peak
+    plain, waiting = (plan_drawing(replace(on_gpu, offload="parts", controls=count)) for count in (0, 1))
+    assert [a == b for a, b in zip(plain, waiting, strict=True)] == [True, True, False, True]
+    assert waiting[2].peak - plain[2].peak > weights
 
 
 def test_phases_grow_with_what_they_do():

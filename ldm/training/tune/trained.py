@@ -103,11 +103,9 @@ def new_control(base: LatentDiffusion, seed: int) -> ControlNet:
     unet, channels = base.unet.config, base.config.autoencoder.latent_channels
     if unet.in_channels != channels:
         raise LdmError(f"controlnet: the U-Net takes {unet.in_channels} channels, expected {channels}")
-    halvings = base.config.autoencoder.downsampling.bit_length() - 1
-    widths = (16, 32, 96, 256, 256)[: halvings + 1]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        control = ControlNet(ControlNetConfig(unet=unet, hint_widths=widths))
+        control = ControlNet(ControlNetConfig.usual(unet, base.config.autoencoder.downsampling))
     given = full_state(base.unet)
     with torch.no_grad():
         for name, parameter in control.named_parameters():
