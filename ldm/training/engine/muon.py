@@ -2,7 +2,7 @@
 
 Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; Liu et al. 2025 (arXiv 2502.16982),
 eq. 4, for the size of a step. What is no matrix, or is a thin one (biases, gains, the first and the last convolution),
-takes the steps of Adam (Kingma & Ba 2015) with the same rate and decay.
+and a table of embeddings take the steps of Adam (Kingma & Ba 2015) with the same rate and decay.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from ldm.pipeline.device import multiplies_bfloat16
 
 SMALLEST_SIDE = 64
 """A weight with fewer rows or columns is left to Adam."""
+TALLEST = 16
+"""So is one with more rows for each column: a table of embeddings, whose rows move one by one."""
 MOMENTUM = 0.95
 STEP_SIZE = 0.2
 """The root mean square of a step at rate 1, about Adam's own, so that one rate serves both."""
@@ -81,7 +83,8 @@ class Muon(torch.optim.Optimizer):
 
 def is_matrix(weight: Tensor) -> bool:
     """Whether Muon steps it, and not Adam."""
-    return weight.ndim >= 2 and min(_shape(weight)) >= SMALLEST_SIDE
+    rows, columns = _shape(weight)
+    return weight.ndim >= 2 and min(rows, columns) >= SMALLEST_SIDE and rows <= TALLEST * columns
 
 
 @torch.no_grad()
@@ -103,4 +106,4 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def _shape(weight: Tensor) -> tuple[int, int]:
-    return weight.shape[0], weight.numel() // weight.shape[0]
+    return (weight.shape[0], weight.numel() // weight.shape[0]) if weight.ndim else (1, 1)

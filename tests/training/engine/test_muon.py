@@ -40,7 +40,7 @@ def test_a_convolution_moves_as_the_matrix_of_its_patches() -> None:
 
 def test_what_is_no_matrix_moves_as_by_adamw() -> None:
     torch.manual_seed(0)
-    for shape in ((50,), (4, 1152), (128, 36)):
+    for shape in ((), (50,), (4, 1152), (128, 36), (1100, 64)):  # the last as a table of words
         mine = nn.Parameter(torch.randn(shape))
         theirs = nn.Parameter(mine.detach().clone())
         assert not is_matrix(mine)
