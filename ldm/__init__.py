@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ldm.errors import LdmError
-    from ldm.pipeline.clip import CLIP
+    from ldm.pipeline.clip.load import load_clip
+    from ldm.pipeline.clip.model import CLIP
     from ldm.pipeline.latent_diffusion import LatentDiffusion
     from ldm.pipeline.load import load
-    from ldm.pipeline.load_clip import load_clip
     from ldm.pipeline.request import Apg, Control, GenerateRequest, HighRes, PriorUse
     from ldm.weights.adapters.read import read_adapter
 
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CLIP": "ldm.pipeline.clip",
+    "CLIP": "ldm.pipeline.clip.model",
     "Apg": "ldm.pipeline.request",
     "Control": "ldm.pipeline.request",
     "GenerateRequest": "ldm.pipeline.request",
@@ -47,7 +47,7 @@ _HOMES = {
     "LdmError": "ldm.errors",
     "PriorUse": "ldm.pipeline.request",
     "load": "ldm.pipeline.load",
-    "load_clip": "ldm.pipeline.load_clip",
+    "load_clip": "ldm.pipeline.clip.load",
     "read_adapter": "ldm.weights.adapters.read",
 }
 

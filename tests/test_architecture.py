@@ -50,7 +50,7 @@ HEAVY: dict[str, set[str]] = {
         "training/clip.py",
         "training/clip_model.py",
         "models/image_encoder.py",
-        "pipeline/open_clip_model.py",
+        "pipeline/clip/open_clip_model.py",
     },
     "accelerate": {"training/engine/loop.py", "training/engine/ranks.py", "training/engine/run.py"},
     "torchao": {"training/engine/optimizers.py"},

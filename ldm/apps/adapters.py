@@ -8,8 +8,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ldm.apps.progress import to_stderr
 from ldm.errors import LdmError
-from ldm.pipeline.prompt import adapters_in
 from ldm.pipeline.request import GenerateRequest
+from ldm.pipeline.text.prompt import adapters_in
 from ldm.weights.adapters.read import Adapter, read_adapter
 from ldm.weights.find import MODELS_VARIABLE, find, locate, model_roots
 from ldm.weights.io import printable

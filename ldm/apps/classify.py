@@ -12,7 +12,7 @@ from ldm.apps.match_tables import print_matches
 from ldm.apps.options import Classify
 from ldm.apps.progress import to_stderr
 from ldm.errors import LdmError
-from ldm.pipeline.clip import BATCH
+from ldm.pipeline.clip.model import BATCH
 from ldm.tasks.classify import TEMPLATES, Match, classifier
 from ldm.tasks.score import checked_texts
 

@@ -10,10 +10,10 @@ from PIL import Image
 from ldm.apps.flags import ClipModel
 from ldm.apps.progress import to_stderr
 from ldm.errors import LdmError
-from ldm.pipeline.clip import CLIP, check_shape
+from ldm.pipeline.clip.load import load_clip
+from ldm.pipeline.clip.model import CLIP, check_shape
 from ldm.pipeline.files import read_file
 from ldm.pipeline.images import LARGE_BYTES, read_shrunk
-from ldm.pipeline.load_clip import load_clip
 
 MAX_TEXT_FILE = 8 * 2**20
 TEXT_FILES = (".txt", ".csv", ".tsv", ".json", ".md", ".lst")

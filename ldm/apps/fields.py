@@ -36,7 +36,7 @@ def requests_of(command: TaskCommand) -> list[GenerateRequest]:
 
 def expanded(request: GenerateRequest, folders: Sequence[Path]) -> list[GenerateRequest]:
     """The request with every picture's wildcards replaced by that picture's seed; equal neighbours stay together."""
-    from ldm.pipeline.wildcards import expand
+    from ldm.pipeline.text.wildcards import expand
 
     texts = (request.prompt, request.negative)
     if request.emphasis == "literal" or not any(mark in text for text in texts for mark in ("{", "__")):

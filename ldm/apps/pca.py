@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ldm.pipeline.components import Components
+    from ldm.pipeline.clip.components import Components
     from ldm.pipeline.latent_diffusion import LatentDiffusion
 
 USUAL = (1, 2, 5, 10, 20, 40, 80)
@@ -40,7 +40,7 @@ def pca(command: Pca) -> None:
     watch = Stopwatch()
     with progress_bar(len(images) * len(counts or USUAL)) as bar:
         model = load_model(with_decoder(command.model), watch)
-        from ldm.pipeline.components import save_components
+        from ldm.pipeline.clip.components import save_components
         from ldm.pipeline.images import fit, read_picture
         from ldm.tasks.pca import pca as task
 
@@ -67,7 +67,7 @@ def _components(model: LatentDiffusion, command: Pca, images: Sequence[bytes]) -
     """Those of the file or the folder that is named, of the file that goes with the decoder, or of the pictures."""
     import torch
 
-    from ldm.pipeline.components import components_of, read_components
+    from ldm.pipeline.clip.components import components_of, read_components
     from ldm.pipeline.load import SHIPPED_COMPONENTS, SHIPPED_DECODER
 
     if command.statistics is not None:

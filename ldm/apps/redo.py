@@ -28,10 +28,10 @@ from ldm.apps.progress import Stopwatch, progress_bar, to_stderr
 from ldm.errors import LdmError
 from ldm.pipeline.files import check_output, names_file, read_file, sha256_of, stem_of
 from ldm.pipeline.images import read_picture
-from ldm.pipeline.metadata import Metadata, read_metadata
-from ldm.pipeline.prompt import adapters_in
-from ldm.pipeline.remake import PICTURES, Remake
+from ldm.pipeline.metadata.read import Metadata, read_metadata
+from ldm.pipeline.metadata.remake import PICTURES, Remake
 from ldm.pipeline.request import GenerateRequest
+from ldm.pipeline.text.prompt import adapters_in
 from ldm.pipeline.validation import shown
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _prior_file(command: Redo, request: GenerateRequest, found: Metadata) -> Pat
         return None
     if command.prior is not None:
         return command.prior
-    from ldm.pipeline.prior import SHIPPED_PRIOR
+    from ldm.pipeline.clip.prior import SHIPPED_PRIOR
 
     parts = None if found.record is None else found.record.get("parts")
     parts = parts if isinstance(parts, list) else []

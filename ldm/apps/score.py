@@ -15,7 +15,7 @@ from ldm.apps.heat_map import MOST_PICTURES, MOST_TEXTS, heat_map
 from ldm.apps.match_tables import print_scores
 from ldm.apps.options import Score
 from ldm.errors import LdmError
-from ldm.pipeline.clip import BATCH, CLIP
+from ldm.pipeline.clip.model import BATCH, CLIP
 from ldm.pipeline.files import check_output, write_new
 from ldm.tasks.score import Scorer, Scores, checked_texts, scorer
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from ldm.pipeline.clip import CLIP
+    from ldm.pipeline.clip.model import CLIP
 
 TILE = 128
 COLUMNS = 6

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ldm.apps.progress import in_one_line
 from ldm.errors import LdmError
-from ldm.pipeline.metadata import Metadata, read_metadata
-from ldm.pipeline.remake import Remake
+from ldm.pipeline.metadata.read import Metadata, read_metadata
+from ldm.pipeline.metadata.remake import Remake
 from ldm.pipeline.request import GenerateRequest
 from ldm.pipeline.validation import shown, tuple_of_list
 

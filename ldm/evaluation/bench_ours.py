@@ -24,7 +24,7 @@ from ldm.models.text_encoder import TextStates
 from ldm.pipeline.first_stage import decode as decode_latents
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import load
-from ldm.pipeline.text_states import size_numbers, told
+from ldm.pipeline.text.states import size_numbers, told
 
 Run = Callable[[], Tensor]
 

@@ -63,7 +63,7 @@ class ImageTower(nn.Module):
         self.proj = nn.Parameter(torch.empty(width, config.projection).normal_(std=width**-0.5))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, S, S) as `ldm.pipeline.clip.clip_pixels` makes them -> (B, P), not normalised."""
+        """pixels (B, 3, S, S) as `ldm.pipeline.clip.model.clip_pixels` makes them -> (B, P), not normalised."""
         patches = self.conv1(pixels).flatten(2).transpose(1, 2)
         whole = self.class_embedding.expand(len(patches), 1, -1)
         x = self.ln_pre(torch.cat([whole, patches], dim=1) + self.positional_embedding)

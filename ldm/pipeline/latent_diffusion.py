@@ -31,15 +31,15 @@ from ldm.models.text_encoder import TextStates, TextTower
 from ldm.models.tokenizer import text_of
 from ldm.models.unet import UNet
 from ldm.pipeline.adapters import AdapterChoice, AppliedAdapter, with_adapters
-from ldm.pipeline.embeddings import fitted, words_of
-from ldm.pipeline.emphasis import MAX_CHUNKS, encode_chunks, token_chunks
+from ldm.pipeline.clip.unclip import image_embedding, noised_embedding, told_image
 from ldm.pipeline.first_stage import encode
 from ldm.pipeline.images import as_mask, picture_bytes, read_shrunk, to_tensor
 from ldm.pipeline.picture import OtherPart, Picture
-from ldm.pipeline.prompt import Emphasis
 from ldm.pipeline.request import GenerateRequest
-from ldm.pipeline.text_states import side_by_side, size_numbers, told
-from ldm.pipeline.unclip import image_embedding, noised_embedding, told_image
+from ldm.pipeline.text.embeddings import fitted, words_of
+from ldm.pipeline.text.emphasis import MAX_CHUNKS, encode_chunks, token_chunks
+from ldm.pipeline.text.prompt import Emphasis
+from ldm.pipeline.text.states import side_by_side, size_numbers, told
 from ldm.types import Conditioning
 from ldm.weights.controlnet import read_control
 from ldm.weights.embeddings import Embedding
@@ -48,9 +48,9 @@ from ldm.weights.find import locate, model_roots
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ldm.pipeline.clip import CLIP
-    from ldm.pipeline.components import Components
-    from ldm.pipeline.prior import AnyPrior, PriorBeside
+    from ldm.pipeline.clip.components import Components
+    from ldm.pipeline.clip.model import CLIP
+    from ldm.pipeline.clip.prior import AnyPrior, PriorBeside
     from ldm.tasks.classify import Match
     from ldm.tasks.invert import Inverted
     from ldm.tasks.score import Scores
@@ -192,7 +192,7 @@ class LatentDiffusion:
         one that ships with this package. Raises `LdmError` where the file is none, where the two were not trained for
         the same CLIP, or where this model is told no embeddings.
         """
-        from ldm.pipeline.prior import beside
+        from ldm.pipeline.clip.prior import beside
 
         return replace(self, prior=beside(self, prior))
 
@@ -283,7 +283,7 @@ class LatentDiffusion:
         """A prompt -> `Conditioning` of batch 1: text states (1, N, D) and, where the U-Net takes one, a vector.
 
         N is the towers' 77 places for each chunk of the prompt. It is one prompt at one step: what AND, [from:to:when]
-        and <lora:...> mean is for `ldm.pipeline.prompt`. A model without text towers is told nothing.
+        and <lora:...> mean is for `ldm.pipeline.text.prompt`. A model without text towers is told nothing.
 
         width, height: of the picture, for models that are told its size; None: the model's own
         original_size, crop: (width, height) and (left, top), see `GenerateRequest`; for models that are told them
@@ -375,7 +375,7 @@ class LatentDiffusion:
 
         Raises `LdmError` where the file has only CLIP's text tower, as SD's have, or where there is no file.
         """
-        from ldm.pipeline.load_clip import load_clip
+        from ldm.pipeline.clip.load import load_clip
 
         if self.origin.path is None:
             raise LdmError("clip: this model came from no file; load one by load_clip(path)")

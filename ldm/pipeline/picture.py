@@ -1,6 +1,6 @@
 """One picture, and the file that says how it was made: AUTOMATIC1111's text, and our request as JSON.
 
-Other programs read the first, `ldm.pipeline.metadata` the second.
+Other programs read the first, `ldm.pipeline.metadata.read` the second.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from PIL import Image, PngImagePlugin
 
 from ldm import __version__
 from ldm.layers.in_bytes import Store
-from ldm.pipeline import infotext
 from ldm.pipeline.adapters import AppliedAdapter
-from ldm.pipeline.exif import JPEG_LIMIT, KEYWORD, exif_bytes
 from ldm.pipeline.files import sha256_of, write_new
+from ldm.pipeline.metadata import infotext
+from ldm.pipeline.metadata.exif import JPEG_LIMIT, KEYWORD, exif_bytes
 from ldm.pipeline.names import SCHEDULE_TITLES, ScheduleName
 from ldm.pipeline.request import GenerateRequest
 from ldm.samplers import SAMPLERS

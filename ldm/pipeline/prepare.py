@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from ldm.diffusion.guidance import Told
 from ldm.diffusion.sigmas import SCHEDULES, end_above_zero
 from ldm.errors import LdmError
+from ldm.pipeline.clip.prior import imagined
 from ldm.pipeline.first_stage import encode
 from ldm.pipeline.images import read_picture, shape_like
 from ldm.pipeline.latent_diffusion import LatentDiffusion
-from ldm.pipeline.prior import imagined
-from ldm.pipeline.prompt import Emphasis, adapters_in, alternatives, schedule_of
 from ldm.pipeline.request import GenerateRequest
+from ldm.pipeline.text.prompt import Emphasis, adapters_in, alternatives, schedule_of
 from ldm.samplers import SAMPLERS
 from ldm.types import Conditioning
 from ldm.weights.io import printable

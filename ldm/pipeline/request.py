@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ldm.errors import LdmError
 from ldm.pipeline.names import SamplerName, ScheduleName, nearest_sampler, sampler_named, schedule_named
-from ldm.pipeline.prompt import Emphasis
+from ldm.pipeline.text.prompt import Emphasis
 from ldm.pipeline.validation import PictureBytes, Record, Share, Text, shown, tuple_of_list
 
 Rng = Literal["cpu", "philox", "comfy"]
@@ -139,7 +139,7 @@ class GenerateRequest(Record):
     """One request for pictures; frozen, and valid once it exists.
 
     What is wanted
-        prompt, negative: what is wanted and what is not, see `ldm.pipeline.prompt` for what may stand in them
+        prompt, negative: what is wanted and what is not, see `ldm.pipeline.text.prompt` for what may stand in them
         emphasis:         whose rules `(word:1.2)` follows; "ignore" reads the marks but gives no weight, "literal"
                           takes every mark as text
         clip_skip:        the text layer that is looked at, counted from the last one, 1; None: as the model was trained

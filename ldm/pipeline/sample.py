@@ -27,7 +27,6 @@ from ldm.models.same_text import SameText
 from ldm.models.unet import UNet, merging_tokens
 from ldm.pipeline.control import Controlled, Hint, acted_on, prepare_hints
 from ldm.pipeline.device import is_out_of_memory
-from ldm.pipeline.embeddings import used_in
 from ldm.pipeline.first_stage import decode
 from ldm.pipeline.images import to_image
 from ldm.pipeline.latent_diffusion import LatentDiffusion
@@ -35,6 +34,7 @@ from ldm.pipeline.notes import notes_on
 from ldm.pipeline.picture import OtherPart, Picture
 from ldm.pipeline.prepare import begun_between
 from ldm.pipeline.request import GenerateRequest
+from ldm.pipeline.text.embeddings import used_in
 from ldm.samplers import SAMPLERS
 from ldm.types import Denoise, Network, NoiseSource, Step
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ldm.errors import LdmError
-from ldm.pipeline.clip import CLIP
+from ldm.pipeline.clip.model import CLIP
 from ldm.pipeline.files import reason
 from ldm.search import nearest
 from ldm.search.embed import embed

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.errors import LdmError
-from ldm.pipeline.clip import BATCH, CLIP
+from ldm.pipeline.clip.model import BATCH, CLIP
 from ldm.pipeline.files import read_file
 from ldm.pipeline.images import LARGE_BYTES, read_shrunk
 from ldm.search.scan import Bad

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ldm.errors import LdmError
-from ldm.pipeline.clip import CLIP
+from ldm.pipeline.clip.model import CLIP
 from ldm.pipeline.files import read_file, reason
 from ldm.search.table import ENTRY, NOT_READ, Listing
 from ldm.weights.atomic import replacing

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.errors import LdmError
 from ldm.evaluation.zero_shot import TEMPLATES, class_vectors
-from ldm.pipeline.clip import CLIP
+from ldm.pipeline.clip.model import CLIP
 from ldm.pipeline.validation import shown
 from ldm.tasks.score import checked_texts
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.pipeline.components import Components, components_of
+from ldm.pipeline.clip.components import Components, components_of
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.request import GenerateRequest
 from ldm.pipeline.sample import Picture, Progress

@@ -13,9 +13,9 @@ from ldm.diffusion.noise import PerImageNoise
 from ldm.errors import LdmError
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.prepare import as_trained, told_over
-from ldm.pipeline.prompt import adapters_in
 from ldm.pipeline.request import Control, GenerateRequest, whole_steps
 from ldm.pipeline.sample import Stage
+from ldm.pipeline.text.prompt import adapters_in
 
 
 def handed_over(stage: Stage) -> tuple[Stage, ...]:

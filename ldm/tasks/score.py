@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.pipeline.clip import CLIP
+from ldm.pipeline.clip.model import CLIP
 from ldm.pipeline.validation import shown
 
 MAX_TEXTS = 10_000

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ldm.errors import LdmError
+from ldm.pipeline.clip.prior import imagined, tell_words
+from ldm.pipeline.clip.unclip import as_told
 from ldm.pipeline.latent_diffusion import LatentDiffusion
-from ldm.pipeline.prior import imagined, tell_words
 from ldm.pipeline.request import GenerateRequest, PriorUse
 from ldm.pipeline.sample import Picture, Progress
-from ldm.pipeline.unclip import as_told
 from ldm.tasks.frames import Frame, draw_frames, sequence_request
 
 COLUMNS = ("text alone", "text's vector", "prior")

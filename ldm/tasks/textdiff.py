@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.errors import LdmError
 from ldm.models.text_encoder import OpenCLIPText
-from ldm.pipeline.clip import clip_of
+from ldm.pipeline.clip.model import clip_of
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.request import GenerateRequest
 from ldm.pipeline.sample import Picture, Progress

@@ -30,8 +30,8 @@ from ldm.data.records import Record
 from ldm.errors import LdmError
 from ldm.evaluation.retrieval import retrieval, ridge
 from ldm.evaluation.zero_shot import accuracy, class_vectors
-from ldm.pipeline.clip import CLIP
-from ldm.pipeline.load_clip import load_clip
+from ldm.pipeline.clip.load import load_clip
+from ldm.pipeline.clip.model import CLIP
 
 COMMON = 3
 """Words that fewer captions have are not counted."""

@@ -157,8 +157,8 @@ def export(folder: Path, model: OpenCLIP, config: ClipConfig) -> None:
     write_tensors(folder / MODEL_FILE, tensors, {"format": "pt"})
 
 
-def small_config(text: TextConfig, image: ImageConfig) -> dict[str, Any]:
-    """open_clip's model_cfg of two towers of ours."""
+def small_config(text: TextConfig, image: ImageConfig, patch_dropout: float = 0.0) -> dict[str, Any]:
+    """open_clip's model_cfg of two towers of ours. patch_dropout: the share of a picture not looked at in training."""
     return {
         "embed_dim": text.projection or text.width,
         "quick_gelu": text.activation == "quick_gelu",
@@ -168,6 +168,7 @@ def small_config(text: TextConfig, image: ImageConfig) -> dict[str, Any]:
             "head_width": image.width // image.heads,
             "patch_size": image.patch,
             "image_size": image.size,
+            "patch_dropout": patch_dropout,
         },
         "text_cfg": {
             "context_length": text.tokens,
@@ -179,9 +180,9 @@ def small_config(text: TextConfig, image: ImageConfig) -> dict[str, Any]:
     }
 
 
-def small_clip(text: TextConfig, image: ImageConfig) -> CLIP:
-    """An open_clip model of two towers of ours."""
-    return CLIP(**small_config(text, image))
+def small_clip(text: TextConfig, image: ImageConfig, patch_dropout: float = 0.0) -> CLIP:
+    """An open_clip model of two towers of ours; see `small_config`."""
+    return CLIP(**small_config(text, image, patch_dropout))
 
 
 def _find(name: str) -> tuple[dict[str, Any], Mapping[str, Any]]:

@@ -24,8 +24,8 @@ from ldm.models.image_conditioner import ImageTokens
 from ldm.models.image_encoder import ImageTower
 from ldm.models.noise_augmentor import NoiseAugmentor
 from ldm.models.unet import UNet, UNetConfig
-from ldm.pipeline.clip import clip_pixels
-from ldm.pipeline.unclip import in_scale
+from ldm.pipeline.clip.model import clip_pixels
+from ldm.pipeline.clip.unclip import in_scale
 from ldm.training.diffusion import DiffusionObjective
 from ldm.training.engine.objective import Batch, Draw, Objective
 from ldm.training.whitening import Whitening

@@ -21,7 +21,7 @@ from ldm.diffusion.schedule import NOISE_SCHEDULES
 from ldm.diffusion.state import noised
 from ldm.models.autoregressive_prior import AutoregressivePrior
 from ldm.models.prior import Prior
-from ldm.pipeline.prior import image_embeddings
+from ldm.pipeline.clip.prior import image_embeddings
 from ldm.training.draws import NO_CAPTION, Drawn, Draws, draws_from
 from ldm.training.engine.objective import Batch, Draw, Objective
 from ldm.training.prior_data import PriorPictures, fold_text

@@ -18,9 +18,9 @@ from ldm.models.autoregressive_prior import AutoregressivePrior
 from ldm.models.presets import TextUse
 from ldm.models.prior import Prior
 from ldm.models.tokenizer import tokenize
-from ldm.pipeline.components import Components
-from ldm.pipeline.prior import text_lengths
-from ldm.pipeline.unclip import in_scale
+from ldm.pipeline.clip.components import Components
+from ldm.pipeline.clip.prior import text_lengths
+from ldm.pipeline.clip.unclip import in_scale
 from ldm.training.diffusion import LatentPictures
 from ldm.training.whitening import TextWhitening, Whitening, whitening_of
 from ldm.types import Conditioning

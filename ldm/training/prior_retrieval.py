@@ -16,7 +16,7 @@ from ldm.diffusion.guidance import Told
 from ldm.evaluation.retrieval import ridge
 from ldm.models.autoregressive_prior import AutoregressivePrior
 from ldm.models.prior import Prior
-from ldm.pipeline.prior import image_embeddings
+from ldm.pipeline.clip.prior import image_embeddings
 
 PENALTIES = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Of the ridge regression, in hundredths of what the texts' coordinates hold on average: M times their variance."""
@@ -45,7 +45,8 @@ def prior_retrieval(
 ) -> dict[str, float]:
     """R@1 by the name of the guess.
 
-    told:    Q left-out captions (`ldm.pipeline.prior.tell`); gallery (G, P), own (Q,): the pictures, and which is whose
+    told:    Q left-out captions (`ldm.pipeline.clip.prior.tell`)
+    gallery: (G, P) the pictures; own (Q,): which is whose
     known:   text vectors and picture embeddings (M, P) of the training set, of length sqrt(P)
 
     "chance", "text": the caption's own vector, "mean": of all known pictures, "ridge": with the penalty that is best on

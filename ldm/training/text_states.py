@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ldm.models.text_encoder import TextStates
 from ldm.models.tokenizer import framed
-from ldm.pipeline.embeddings import words_of
-from ldm.pipeline.emphasis import MAX_CHUNKS, token_chunks
 from ldm.pipeline.latent_diffusion import LatentDiffusion
-from ldm.pipeline.text_states import side_by_side
+from ldm.pipeline.text.embeddings import words_of
+from ldm.pipeline.text.emphasis import MAX_CHUNKS, token_chunks
+from ldm.pipeline.text.states import side_by_side
 
 
 def caption_ids(model: LatentDiffusion, captions: Sequence[str], chunks: int = 1) -> Tensor:
@@ -41,7 +41,7 @@ def caption_ids(model: LatentDiffusion, captions: Sequence[str], chunks: int = 1
 def text_states(model: LatentDiffusion, ids: Tensor) -> TextStates:
     """ids (B, T, C, N) on the towers' device -> states (B, C * N, D) and pooled (B, P) or None, with gradients.
 
-    They are what `model.encode_prompt` tells of each caption, taken literally; `ldm.pipeline.text_states.told` makes a
+    They are what `model.encode_prompt` tells of each caption, taken literally; `ldm.pipeline.text.states.told` makes a
     `Conditioning` of them. With gradients: call it under `torch.no_grad()` where none are wanted.
     """
     rows, _, chunks, places = ids.shape

@@ -17,8 +17,8 @@ from ldm.apps.cli import main
 from ldm.apps.heat_map import CELL, heat_map, ink_on, shade
 from ldm.models.image_encoder import ImageTower
 from ldm.models.presets import sd1, small, tiny
+from ldm.pipeline.clip.load import load_clip
 from ldm.pipeline.load import random_system, save_checkpoint
-from ldm.pipeline.load_clip import load_clip
 from ldm.tasks.classify import Match, classify
 
 

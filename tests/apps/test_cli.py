@@ -24,7 +24,7 @@ from ldm import __version__
 from ldm.apps.cli import main
 from ldm.apps.generate import hash_in_background
 from ldm.models.presets import SystemConfig, sd1, sd2, small, tiny
-from ldm.pipeline.metadata import read_metadata
+from ldm.pipeline.metadata.read import read_metadata
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from ldm.apps.adapters import split_weights
 from ldm.apps.cli import main
 from ldm.models.presets import sd1, tiny
-from ldm.pipeline.metadata import read_metadata
+from ldm.pipeline.metadata.read import read_metadata
 
 QUERY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q"
 

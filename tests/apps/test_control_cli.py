@@ -15,7 +15,7 @@ from ldm.apps.cli import main
 from ldm.apps.controls import control_name
 from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.presets import SystemConfig, sd1, small, tiny
-from ldm.pipeline.metadata import read_metadata
+from ldm.pipeline.metadata.read import read_metadata
 
 
 def write_control(path: Path, system: SystemConfig) -> None:

@@ -15,7 +15,7 @@ from ldm.apps.fields import requests_of
 from ldm.apps.options import Variations
 from ldm.apps.sequences import KEYWORD
 from ldm.models.presets import small, small_decoder, tiny
-from ldm.pipeline.components import read_components
+from ldm.pipeline.clip.components import read_components
 from ldm.pipeline.load import load
 from ldm.pipeline.picture import Picture
 

@@ -19,7 +19,7 @@ from ldm.apps.options import Grid
 from ldm.apps.tiles import centred, compose, message_tile, with_axes
 from ldm.errors import LdmError
 from ldm.models.presets import SystemConfig, sd1, small, tiny
-from ldm.pipeline.metadata import read_metadata
+from ldm.pipeline.metadata.read import read_metadata
 from ldm.pipeline.request import GenerateRequest
 
 QUERY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q"

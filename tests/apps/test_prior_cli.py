@@ -63,7 +63,7 @@ def test_redo_knows_the_prior(folder, capsys, monkeypatch):
     assert 'prior: found none, expected the one that was asked what to draw (kind "prior", name "p.safetensors"' in (
         capsys.readouterr().err
     )
-    monkeypatch.setattr("ldm.pipeline.prior.SHIPPED_PRIOR", folder / "p.safetensors")
+    monkeypatch.setattr("ldm.pipeline.clip.prior.SHIPPED_PRIOR", folder / "p.safetensors")
     assert main(["redo", "a.png", "--device", "cpu"]) == 0
     assert "bit-identical" in capsys.readouterr().out
     save_prior("q.safetensors", Prior(CONFIG))

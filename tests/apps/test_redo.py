@@ -23,7 +23,7 @@ from ldm.apps.cli import main
 from ldm.apps.redo import difference, same_file
 from ldm.models.presets import SystemConfig, small, tiny
 from ldm.pipeline.load import random_system, save_checkpoint
-from ldm.pipeline.metadata import read_metadata
+from ldm.pipeline.metadata.read import read_metadata
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from ldm.apps.cli import main, parse
 from ldm.apps.fields import requests_of
 from ldm.errors import LdmError
 from ldm.models.presets import SystemConfig, sd1, sd2, sd2_unclip, sd_x4_upscaler, small, tiny
-from ldm.pipeline.metadata import read_metadata
+from ldm.pipeline.metadata.read import read_metadata
 from ldm.pipeline.request import Apg, GenerateRequest, HighRes, PriorUse
-from ldm.pipeline.wildcards import expand
+from ldm.pipeline.text.wildcards import expand
 
 QUERY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q"
 

@@ -27,7 +27,7 @@ from ldm.models.presets import sd1, sd2, sdxl, tiny
 from ldm.models.tokenizer import END, tokenize
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import load, random_system, save_checkpoint
-from ldm.pipeline.metadata import read_metadata
+from ldm.pipeline.metadata.read import read_metadata
 from ldm.pipeline.picture import Picture, parameters_text
 from ldm.pipeline.request import GenerateRequest
 from ldm.types import Conditioning

@@ -38,7 +38,7 @@ from ldm.pipeline.control import Controlled, Hint, acted_on, hint_picture, times
 from ldm.pipeline.images import picture_bytes, to_tensor
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import random_system
-from ldm.pipeline.metadata import read_metadata
+from ldm.pipeline.metadata.read import read_metadata
 from ldm.pipeline.request import Control, GenerateRequest
 from ldm.pipeline.sample import Progress
 from ldm.tasks import run

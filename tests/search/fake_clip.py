@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.pipeline.clip import CLIP
+from ldm.pipeline.clip.model import CLIP
 
 WIDTH = 24
 

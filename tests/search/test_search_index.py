@@ -16,7 +16,7 @@ from fake_clip import WIDTH, draw, fake_clip, gallery
 from PIL import Image
 
 from ldm.errors import LdmError
-from ldm.pipeline.clip import BATCH
+from ldm.pipeline.clip.model import BATCH
 from ldm.search import Share, build, open_index, update
 from ldm.search.build import update_share
 from ldm.search.query import Index

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.errors import LdmError
 from ldm.evaluation.zero_shot import TEMPLATES, filled
-from ldm.pipeline.clip import CLIP
+from ldm.pipeline.clip.model import CLIP
 from ldm.tasks.classify import MAX_TEMPLATES, Match, classify
 from ldm.tasks.score import MAX_TEXTS, score
 

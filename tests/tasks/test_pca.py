@@ -11,7 +11,7 @@ from PIL import Image
 
 from ldm.errors import LdmError
 from ldm.models.presets import small_decoder, tiny
-from ldm.pipeline.components import components_of
+from ldm.pipeline.clip.components import components_of
 from ldm.pipeline.images import picture_bytes
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import random_system

@@ -19,7 +19,7 @@ from ldm.diffusion.noise import start_noise
 from ldm.errors import LdmError
 from ldm.models.presets import sd1, sd2_unclip, small_decoder, tiny
 from ldm.models.tokenizer import tokenize
-from ldm.pipeline.clip import clip_pixels
+from ldm.pipeline.clip.model import clip_pixels
 from ldm.pipeline.images import picture_bytes
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import random_system

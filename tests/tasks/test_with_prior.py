@@ -16,16 +16,16 @@ from ldm.models.autoregressive_prior import AutoregressivePrior
 from ldm.models.presets import sd1, sd2_unclip, small_decoder, tiny
 from ldm.models.prior import Codes, Prior, PriorConfig
 from ldm.models.text_encoder import OpenCLIPText
+from ldm.pipeline.clip.prior import OWN_NOISE, image_embeddings, plain_words, tell
+from ldm.pipeline.clip.unclip import as_told
 from ldm.pipeline.images import picture_bytes
-from ldm.pipeline.infotext import parse
-from ldm.pipeline.infotext_fields import remake_of
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import random_system
-from ldm.pipeline.metadata import read_metadata
-from ldm.pipeline.prior import OWN_NOISE, image_embeddings, plain_words, tell
+from ldm.pipeline.metadata.infotext import parse
+from ldm.pipeline.metadata.infotext_fields import remake_of
+from ldm.pipeline.metadata.read import read_metadata
 from ldm.pipeline.request import GenerateRequest, HighRes, PriorUse
 from ldm.pipeline.sample import Picture, Progress
-from ldm.pipeline.unclip import as_told
 from ldm.tasks import run
 from ldm.types import Conditioning
 from ldm.weights.prior import clip_mark, save_prior

@@ -8,7 +8,7 @@ import torch
 from ldm.models.presets import sd1, sd2, sdxl, sdxl_refiner, small, small_decoder, tiny
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import random_system
-from ldm.pipeline.text_states import size_numbers, told
+from ldm.pipeline.text.states import size_numbers, told
 from ldm.training.adapter_options import AdapterOptions
 from ldm.training.adapters import add_adapter
 from ldm.training.text_states import caption_ids, text_states

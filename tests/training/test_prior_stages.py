@@ -19,7 +19,7 @@ from ldm.models.presets import small, tiny
 from ldm.models.prior import Prior
 from ldm.models.text_encoder import OpenCLIPText
 from ldm.models.tokenizer import tokenize
-from ldm.pipeline.prior import image_embeddings, load_prior, tell
+from ldm.pipeline.clip.prior import image_embeddings, load_prior, tell
 from ldm.training import recipes, stages
 from ldm.training.engine.loop import LoopConfig
 from ldm.training.latents import encode_captions

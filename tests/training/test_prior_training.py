@@ -16,8 +16,8 @@ from ldm.diffusion.state import noised
 from ldm.evaluation.retrieval import ridge
 from ldm.models.autoregressive_prior import AutoregressivePrior
 from ldm.models.prior import Codes, Prior, PriorConfig
-from ldm.pipeline.components import components_of
-from ldm.pipeline.prior import image_embeddings
+from ldm.pipeline.clip.components import components_of
+from ldm.pipeline.clip.prior import image_embeddings
 from ldm.training.engine.loop import LoopConfig, train
 from ldm.training.engine.objective import Draw
 from ldm.training.prior import CodesObjective, PriorObjective

@@ -13,9 +13,9 @@ from PIL import Image
 from ldm.apps.info import info
 from ldm.errors import LdmError
 from ldm.models.presets import decoder_of, small, tiny
+from ldm.pipeline.clip.load import load_clip
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import load, random_system, save_checkpoint
-from ldm.pipeline.load_clip import load_clip
 from ldm.weights.doctor.describe import describe
 from ldm.weights.layout import Networks
 from ldm.weights.part import REST_NAME, save_part

@@ -19,7 +19,7 @@ from ldm.errors import LdmError, printable
 from ldm.models.presets import SystemConfig
 from ldm.models.text_encoder import TextStates
 from ldm.pipeline.latent_diffusion import LatentDiffusion
-from ldm.pipeline.text_states import size_numbers, told
+from ldm.pipeline.text.states import size_numbers, told
 from ldm.training.engine.objective import Batch
 from ldm.training.text_states import caption_ids, text_states
 from ldm.training.tune.cache import Cache, Key

@@ -19,12 +19,12 @@ from ldm.data.buckets import cut
 from ldm.errors import LdmError
 from ldm.evaluation.copies import CopyCheck, Places, check_copies
 from ldm.evaluation.verdict import Verdict, verdict
-from ldm.pipeline.clip import CLIP
+from ldm.pipeline.clip.load import load_clip
+from ldm.pipeline.clip.model import CLIP
 from ldm.pipeline.device import is_out_of_memory
 from ldm.pipeline.images import LARGE_BYTES, read_picture, read_shrunk
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import load
-from ldm.pipeline.load_clip import load_clip
 from ldm.pipeline.request import GenerateRequest
 from ldm.training.tune.measure import load_measured, mark_of
 from ldm.training.tune.pictures import Prepared

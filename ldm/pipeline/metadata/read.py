@@ -16,11 +16,11 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from ldm.errors import LdmError
-from ldm.pipeline import comfy_graph, infotext, infotext_fields
-from ldm.pipeline.exif import KEYWORD, read_exif
 from ldm.pipeline.files import read_file, reason
 from ldm.pipeline.images import DAMAGED, what_is
-from ldm.pipeline.remake import PICTURES, Remake
+from ldm.pipeline.metadata import comfy_graph, infotext, infotext_fields
+from ldm.pipeline.metadata.exif import KEYWORD, read_exif
+from ldm.pipeline.metadata.remake import PICTURES, Remake
 from ldm.pipeline.request import GenerateRequest
 from ldm.pipeline.validation import shown
 

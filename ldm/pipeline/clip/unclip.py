@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ldm.diffusion.schedule import TIMESTEPS, cosine
 from ldm.errors import LdmError
-from ldm.pipeline.clip import clip_pixels
+from ldm.pipeline.clip.model import clip_pixels
 from ldm.pipeline.images import read_picture
 from ldm.types import Conditioning
 from ldm.weights.io import printable

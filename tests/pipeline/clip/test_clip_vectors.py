@@ -9,7 +9,7 @@ from ldm.models.image_encoder import ImageTower
 from ldm.models.presets import small, tiny
 from ldm.models.text_encoder import OpenCLIPText
 from ldm.models.tokenizer import tokenize
-from ldm.pipeline.clip import clip_of
+from ldm.pipeline.clip.model import clip_of
 
 
 @pytest.mark.parametrize("text", ["no!%", "wow!~", "!@#", "a cat !;", "a cat", ""])

@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.layers.embeddings import sinusoidal_embedding
 from ldm.models.presets import SystemConfig
 from ldm.models.text_encoder import TextStates
-from ldm.pipeline.unclip import told_no_image
+from ldm.pipeline.clip.unclip import told_no_image
 from ldm.types import Conditioning
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from torch import Tensor
 from ldm.models.presets import TextUse
 from ldm.models.text_encoder import TextStates, TextTower
 from ldm.models.tokenizer import COMMA, NO_WORDS, framed, word_groups, word_ids
-from ldm.pipeline.prompt import Emphasis
-from ldm.pipeline.prompt_weights import Piece, parse_weights
+from ldm.pipeline.text.prompt import Emphasis
+from ldm.pipeline.text.prompt_weights import Piece, parse_weights
 
 MAX_CHUNKS = 16
 """What stands behind so many chunks is cut: `LatentDiffusion.words_cut` names it."""

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from ldm.pipeline.metadata.remake import Remake
 from ldm.pipeline.names import SamplerName, ScheduleName, nearest_sampler, sampler_named, schedule_named
-from ldm.pipeline.remake import Remake
 from ldm.pipeline.validation import shown
 
 SOURCE = "ComfyUI"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm.errors import LdmError
-from ldm.pipeline.components import components_of, read_components, save_components
+from ldm.pipeline.clip.components import components_of, read_components, save_components
 
 
 def of_rank(rank: int, count: int = 40, width: int = 16) -> Tensor:

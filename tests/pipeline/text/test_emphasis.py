@@ -21,10 +21,10 @@ from ldm.errors import LdmError
 from ldm.models.presets import sd1, sd2, sdxl, tiny
 from ldm.models.text_encoder import TextStates
 from ldm.models.tokenizer import COMMA, END, START, text_of, tokenize, word_ids
-from ldm.pipeline.emphasis import BACKTRACK, MAX_CHUNKS, token_chunks
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import random_system
-from ldm.pipeline.prompt import Emphasis
+from ldm.pipeline.text.emphasis import BACKTRACK, MAX_CHUNKS, token_chunks
+from ldm.pipeline.text.prompt import Emphasis
 from ldm.weights.embeddings import Embedding
 
 CONFIGS = {"sd1": sd1(), "sd2": sd2(), "sdxl": sdxl()}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import NamedTuple
 
-from ldm.pipeline.prompt import Emphasis, finite_number
+from ldm.pipeline.text.prompt import Emphasis, finite_number
 
 MORE, LESS = 1.1, 1 / 1.1
 """What a pair of round and a pair of square brackets multiply a weight by."""

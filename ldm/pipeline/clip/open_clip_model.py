@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.errors import LdmError
-from ldm.pipeline.clip import CLIP, check_shape
+from ldm.pipeline.clip.model import CLIP, check_shape
 from ldm.weights.clip import ClipFile
 from ldm.weights.io import printable, some
 from ldm.weights.source import read_json

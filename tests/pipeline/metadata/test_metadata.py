@@ -19,11 +19,11 @@ from sd_parsers import ParserManager
 
 from ldm.errors import LdmError
 from ldm.models.presets import sd1, tiny
-from ldm.pipeline.exif import exif_bytes
 from ldm.pipeline.images import picture_bytes
 from ldm.pipeline.latent_diffusion import LatentDiffusion, Origin
 from ldm.pipeline.load import load, random_system, save_checkpoint
-from ldm.pipeline.metadata import read_metadata
+from ldm.pipeline.metadata.exif import exif_bytes
+from ldm.pipeline.metadata.read import read_metadata
 from ldm.pipeline.names import SCHEDULE_TITLES
 from ldm.pipeline.picture import OtherPart, Picture, parameters_text
 from ldm.pipeline.request import GenerateRequest

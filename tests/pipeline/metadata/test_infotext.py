@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm.pipeline.images import picture_bytes
-from ldm.pipeline.infotext import NEGATIVE, parse, write
-from ldm.pipeline.infotext_fields import remake_of
+from ldm.pipeline.metadata.infotext import NEGATIVE, parse, write
+from ldm.pipeline.metadata.infotext_fields import remake_of
 from ldm.pipeline.picture import Picture, parameters_text
 from ldm.pipeline.request import TAKES_ETA, GenerateRequest, HighRes, whole_steps
 from ldm.samplers import SAMPLERS

@@ -25,9 +25,9 @@ from ldm.models.image_encoder import ImageTower
 from ldm.models.presets import SystemConfig, sd1, sd2_unclip, small, tiny
 from ldm.models.text_encoder import OpenCLIPText
 from ldm.models.tokenizer import tokenize
-from ldm.pipeline.clip import CLIP, clip_pixels
+from ldm.pipeline.clip.load import load_clip
+from ldm.pipeline.clip.model import CLIP, clip_pixels
 from ldm.pipeline.load import load, random_system, save_checkpoint
-from ldm.pipeline.load_clip import load_clip
 from ldm.weights.clip import open_clip_file
 from ldm.weights.clip_config import inferred_towers, named_description, standard_towers
 from ldm.weights.layout import unfilled

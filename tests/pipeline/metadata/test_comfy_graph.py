@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ldm.pipeline.comfy_graph import read_graph
 from ldm.pipeline.images import picture_bytes
+from ldm.pipeline.metadata.comfy_graph import read_graph
 
 PNG = picture_bytes(Image.new("RGB", (64, 64), "red"))
 

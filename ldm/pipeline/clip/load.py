@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldm.models.image_encoder import ImageTower
 from ldm.models.text_encoder import OpenCLIPText
-from ldm.pipeline.clip import CLIP, clip_of
+from ldm.pipeline.clip.model import CLIP, clip_of
 from ldm.pipeline.device import choose_device
 from ldm.pipeline.files import sha256_of
 from ldm.pipeline.load import shipped_model
@@ -47,7 +47,7 @@ def load_clip(
     identity = _identity(file)
     name = path.name if path.is_dir() else path.stem
     if file.towers is None:
-        from ldm.pipeline.open_clip_model import open_clip_model  # which imports open_clip: seconds
+        from ldm.pipeline.clip.open_clip_model import open_clip_model  # which imports open_clip: seconds
 
         return open_clip_model(file, name=name, identity=identity, device=place)
     return _of_towers(file, file.towers, name, identity, place)

@@ -18,7 +18,7 @@ from ldm.models.presets import small, tiny
 from ldm.models.prior import Codes, Prior, PriorConfig
 from ldm.models.text_encoder import CLIPText, OpenCLIPText, TextConfig
 from ldm.models.tokenizer import tokenize
-from ldm.pipeline.prior import SHIPPED_PRIOR, image_embeddings, load_prior, tell
+from ldm.pipeline.clip.prior import SHIPPED_PRIOR, image_embeddings, load_prior, tell
 from ldm.types import Conditioning
 from ldm.weights.prior import PRIOR_KEY, clip_mark, save_prior
 from ldm.weights.save import write_tensors

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.errors import LdmError
-from ldm.pipeline.wildcards import MAX_TEXT, expand
+from ldm.pipeline.text.wildcards import MAX_TEXT, expand
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from PIL import Image, ImageDraw
 
+from ldm.pipeline.clip.load import load_clip
 from ldm.pipeline.load import SHIPPED
-from ldm.pipeline.load_clip import load_clip
 from ldm.tasks.classify import classify
 
 pytestmark = pytest.mark.skipif(not SHIPPED.exists(), reason="the model that ships is not there")

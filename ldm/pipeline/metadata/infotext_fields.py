@@ -12,9 +12,9 @@ import re
 from collections.abc import Callable
 from typing import Any, get_args
 
-from ldm.pipeline.infotext import EMPHASIS, FILLS, OURS, UPSCALERS, Infotext
+from ldm.pipeline.metadata.infotext import EMPHASIS, FILLS, OURS, UPSCALERS, Infotext
+from ldm.pipeline.metadata.remake import Remake
 from ldm.pipeline.names import SamplerName, ScheduleName, nearest_sampler, sampler_named, schedule_named
-from ldm.pipeline.remake import Remake
 from ldm.pipeline.request import TAKES_ETA
 from ldm.pipeline.validation import shown
 

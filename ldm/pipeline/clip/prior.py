@@ -29,13 +29,13 @@ from ldm.models.presets import TextUse
 from ldm.models.prior import Prior
 from ldm.models.text_encoder import OpenCLIPText, TextTower
 from ldm.models.tokenizer import END, tokenize
+from ldm.pipeline.clip.unclip import as_told, in_scale
 from ldm.pipeline.device import choose_device
 from ldm.pipeline.load import SHIPPED
 from ldm.pipeline.picture import OtherPart
-from ldm.pipeline.prompt import Emphasis
-from ldm.pipeline.prompt_weights import parse_weights
 from ldm.pipeline.request import GenerateRequest, PriorUse
-from ldm.pipeline.unclip import as_told, in_scale
+from ldm.pipeline.text.prompt import Emphasis
+from ldm.pipeline.text.prompt_weights import parse_weights
 from ldm.samplers import SAMPLERS
 from ldm.types import Conditioning
 from ldm.weights.io import printable
@@ -135,7 +135,7 @@ def tell_words(model: LatentDiffusion, prompt: str, emphasis: Emphasis) -> Told:
 
 
 def plain_words(prompt: str, emphasis: Emphasis = "a1111") -> str:
-    """A prompt without the marks that weigh words; what changes with the steps is for `ldm.pipeline.prompt`."""
+    """A prompt without the marks that weigh words; what changes with the steps is for `ldm.pipeline.text.prompt`."""
     return " ".join(piece.text for pieces in parse_weights(prompt, emphasis) for piece in pieces)
 
 

@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from ldm.errors import LdmError
-from ldm.pipeline.prompt import finite_number
+from ldm.pipeline.text.prompt import finite_number
 
 MAX_PICKS, MAX_TEXT = 1000, 20_000
 """So many choices and characters are not passed: a file that names itself would go on without end."""

@@ -11,8 +11,8 @@ AUTOMATIC1111's web UI set the syntax that most shared prompts are written in:
     <lora:name:0.8>                    an adapter
 
 A prompt is taken apart from the outside in: `adapters_in`, `alternatives`, `schedule_of`, and for the rest
-`ldm.pipeline.prompt_weights`. Each is a few passes over the text, without recursion: what is no syntax is plain text.
-Nothing here imports torch.
+`ldm.pipeline.text.prompt_weights`. Each is a few passes over the text, without recursion: what is no syntax is plain
+text. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Literal
 from ldm.errors import LdmError
 
 Emphasis = Literal["a1111", "no-norm", "comfy", "compel", "ignore", "literal"]
-"""How weights are written in a prompt, and what they do to the text states (see `ldm.pipeline.emphasis`).
+"""How weights are written in a prompt, and what they do to the text states (see `ldm.pipeline.text.emphasis`).
 
 a1111:   AUTOMATIC1111's brackets; its "Original" rule, which restores the mean of the states
 no-norm: the same brackets; its "No norm" rule, which does not

@@ -21,10 +21,10 @@ from ldm.errors import LdmError
 from ldm.models.presets import SystemConfig, TextUse, sd1, sd2, sdxl, sdxl_refiner, tiny
 from ldm.models.text_encoder import CLIPText, OpenCLIPText
 from ldm.models.tokenizer import END, START, split_at_names, tokenize, word_ids
-from ldm.pipeline.emphasis import MAX_CHUNKS
 from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import random_system
-from ldm.pipeline.metadata import read_metadata
+from ldm.pipeline.metadata.read import read_metadata
+from ldm.pipeline.text.emphasis import MAX_CHUNKS
 from ldm.weights.embeddings import Embedding, read_embedding, write_embedding
 
 WIDTH = 32

@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ldm.errors import LdmError
-from ldm.pipeline.prompt import Emphasis, NamedAdapter, adapters_in, alternatives, schedule_of
-from ldm.pipeline.prompt_weights import MAX_WEIGHT, Piece, parse_weights, weights_text
+from ldm.pipeline.text.prompt import Emphasis, NamedAdapter, adapters_in, alternatives, schedule_of
+from ldm.pipeline.text.prompt_weights import MAX_WEIGHT, Piece, parse_weights, weights_text
 
 SYNTAXES: tuple[Emphasis, ...] = ("a1111", "no-norm", "comfy", "compel", "ignore")
 SIGNS = st.sampled_from(
@@ -310,7 +310,7 @@ def test_adapters_that_cannot_be(tag):
 
 def test_torch_is_not_needed():
     code = (
-        "import sys, ldm.pipeline.prompt, ldm.pipeline.prompt_weights, ldm.pipeline.wildcards;"
+        "import sys, ldm.pipeline.text.prompt, ldm.pipeline.text.prompt_weights, ldm.pipeline.text.wildcards;"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
