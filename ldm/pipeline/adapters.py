@@ -22,8 +22,8 @@ from ldm.weights.layout import UNET, text_prefix
 if TYPE_CHECKING:
     from ldm.pipeline.latent_diffusion import LatentDiffusion
 
-AdapterChoice = tuple[Adapter, float] | tuple[Adapter, float, float]
-"""An adapter and its weight, or its weights for the U-Net and for the text towers; 1 is as it was trained."""
+AdapterChoice = Adapter | tuple[Adapter, float] | tuple[Adapter, float, float]
+"""An adapter and its weight, or its weights for the U-Net and for the text towers; 1, or alone, as it was trained."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class AppliedAdapter:
 @torch.no_grad()
 def with_adapters(model: LatentDiffusion, choices: Iterable[AdapterChoice]) -> LatentDiffusion:
     """The model with these adapters, and no others; see `LatentDiffusion.with_adapters`."""
-    uses = [Use(adapter, weights[0], weights[-1]) for adapter, *weights in choices]
+    weighted = [(choice, 1.0) if isinstance(choice, Adapter) else choice for choice in choices]
+    uses = [Use(adapter, weights[0], weights[-1]) for adapter, *weights in weighted]
     networks: dict[str, Any] = {UNET: model.unet}
     networks |= {text_prefix(model.config, index): tower for index, tower in enumerate(model.text)}
     tensors = {

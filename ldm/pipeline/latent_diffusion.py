@@ -132,7 +132,8 @@ class LatentDiffusion:
     def with_adapters(self, adapters: Iterable[AdapterChoice]) -> LatentDiffusion:
         """A model with these adapters, LoRAs and their kin, and no others; none takes off what this one has.
 
-        adapters: (adapter, weight), or (adapter, weight for the U-Net, weight for the text towers); 1 is as trained
+        adapters: each alone, as it was trained; or (adapter, weight); or (adapter, weight for the U-Net, for the text
+        towers). 1 is as trained.
 
         It shares every tensor that they leave alone with this one, which stays bit for bit as it is. What they change
         is computed in float32 from the weights without adapters. Raises `LdmError` for an adapter that was made for

@@ -282,7 +282,7 @@ def test_a_stack_is_the_sum_of_its_changes(layout, models, stack):
     model = models[layout]
     adapters = stack(layout, 3)
     strengths = [(0.7, 0.7), (-0.4, 1.5), (1.0, 0.0)]
-    alone = [weights(model.with_adapters([(adapter, 1.0)])) for adapter in adapters]
+    alone = [weights(model.with_adapters([adapter])) for adapter in adapters]
     stacked = weights(model.with_adapters([(a, *s) for a, s in zip(adapters, strengths, strict=True)]))
     for name, before in weights(model).items():
         side = 0 if name.startswith("unet") else 1

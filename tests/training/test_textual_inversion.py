@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from their_text import their_loader, their_tokenizer, their_tower, tokenizer_files
 from torch import nn
 
 from ldm.errors import LdmError
@@ -18,12 +18,13 @@ from ldm.training.text_states import caption_ids, text_states
 from ldm.training.textual_inversion import NewWord, new_word
 from ldm.weights.embeddings import read_embedding, write_embedding
 
-sys.path.append(str(Path(__file__).parents[1] / "pipeline"))
-
-from test_embeddings import folder, their_loader, their_tokenizer, their_tower  # isort: skip  # noqa: F401
-
 LAYOUTS = {"sd1": sd1, "sd2": sd2, "sdxl": sdxl}
 CAPTIONS = ("a photo of <robot>", "<robot> and <robot> on a table")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tokenizer_files(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -120,7 +121,7 @@ def test_it_begins_as_the_words_given(count):
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
 @pytest.mark.parametrize("family", LAYOUTS)
-def test_its_file_means_the_same_everywhere(family, layout, tmp_path, folder):  # noqa: F811
+def test_its_file_means_the_same_everywhere(family, layout, tmp_path, folder):
     model = random_system(tiny(LAYOUTS[family]()))
     word = new_word(model, "<robot>", 3, "small robot")
     with torch.no_grad():
