@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from shallow import shallow
 from together import run_together
-from tune_ranks import tune
+from tune_ranks import METHODS, tune
 
 from ldm.models.presets import sd2
 from ldm.pipeline.load import random_system, save_checkpoint
@@ -22,7 +22,8 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures, a model, and what two processes made of them. Its text tower has a last block that nothing reads."""
-    folder = tmp_path_factory.mktemp("ranks")
+    folder = tmp_path_factory.mktemp("ranks") / "seen"
+    folder.mkdir()
     save_checkpoint(random_system(shallow(sd2())), folder / "tiny.safetensors")
     (folder / "pictures").mkdir()
     for name in ("red", "green", "blue", "white"):
@@ -31,6 +32,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     said = run_together(str(HERE / "tune_ranks.py"), str(folder), folders=[HERE])
     assert said[1] == "", "the second process speaks too"
     return folder
+
+
+def test_one_of_the_two_writes(folder: Path) -> None:
+    first, second = ((folder.parent / f"wrote-{rank}.txt").read_text().split() for rank in range(2))
+    for method in METHODS:
+        written = {name for name in first if name.startswith(str(folder / f"two-{method}"))}
+        assert str(folder / f"two-{method}" / f"two-{method}.safetensors") in written
+    assert second == []
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
