@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -46,6 +47,7 @@ class Told:
 def read_tables(listing: Listing) -> Told:
     """What all tables in a folder and below tell; in one folder the first of the three kinds alone is read."""
     rows: dict[Path, Row] = {}
+    by_letters = {_letters(path): path for path in listing.files} | {str(path): path for path in listing.files}
     left_out: list[str] = []
     tables: dict[Path, Path] = {}
     for path in sorted(
@@ -61,7 +63,7 @@ def read_tables(listing: Listing) -> Told:
                 left_out.append(f"{where}: {values}")
                 continue
             try:
-                picture, row = _row(values, path.parent)
+                picture, row = _row(values, path.parent, by_letters)
             except LdmError as error:
                 left_out.append(f"{where}: {error}")
                 continue
@@ -70,25 +72,35 @@ def read_tables(listing: Listing) -> Told:
     return Told(rows, tuple(left_out), tuple(tables.values()))
 
 
-def _row(values: Mapping[str, Any], folder: Path) -> tuple[Path, Row]:
+def _row(values: Mapping[str, Any], folder: Path, files: Mapping[str, Path]) -> tuple[Path, Row]:
     column = next((column for column in IMAGE_COLUMNS if values.get(column)), None)
     if column is None:
         raise LdmError("has no file_name; name the picture in it")
     mask, hint = (
-        _inside(values, column, folder) if values.get(column) else None for column in (MASK_COLUMN, HINT_COLUMN)
+        _inside(values, column, folder, files) if values.get(column) else None for column in (MASK_COLUMN, HINT_COLUMN)
     )
-    return _inside(values, column, folder), Row(captions_in(values), mask, hint)
+    return _inside(values, column, folder, files), Row(captions_in(values), mask, hint)
 
 
-def _inside(values: Mapping[str, Any], column: str, folder: Path) -> Path:
-    """The file that a column names. Raises LdmError where it is none of the folder's."""
+def _inside(values: Mapping[str, Any], column: str, folder: Path, files: Mapping[str, Path]) -> Path:
+    """The file that a column names. Raises LdmError where it is none of the folder's.
+
+    files: those that are there, by their names and by their letters. A table may have been written on Windows, with
+    backslashes, or name letters with accents otherwise than macOS named the files.
+    """
     name = values[column]
     if not isinstance(name, str):
         raise LdmError(f"{column} is {printable(repr(name)[:60])}, expected a file's name")
     inner = PurePosixPath(name)
     if inner.is_absolute() or ".." in inner.parts:
         raise LdmError(f"{column} {printable(name)[:120]} leaves the folder; move the file into it")
-    return folder / inner
+    named = (folder / inner, folder / PurePosixPath(name.replace("\\", "/")))
+    return next((file for path in named if (file := files.get(str(path)) or files.get(_letters(path)))), named[0])
+
+
+def _letters(path: Path) -> str:
+    """A path by which letters are in it, however each is composed."""
+    return unicodedata.normalize("NFC", str(path))
 
 
 def _values(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
@@ -101,7 +113,7 @@ def _values(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
 
 
 def _jsonl(data: bytes) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
-    for number, line in enumerate(_text(data).splitlines(), 1):
+    for number, line in enumerate(_text(data).split("\n"), 1):  # a caption may hold other ends of lines
         if not line.strip():
             continue
         try:

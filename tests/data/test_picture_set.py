@@ -212,6 +212,26 @@ def test_rows_that_are_no_use(folder: Callable):
     ]
 
 
+def test_names_as_other_systems_write_them(folder: Callable):
+    """Windows' separators, macOS' accents (a letter, then its accent), and ends of lines inside a caption."""
+    composed, apart = "caf\u00e9.png", "cafe\u0301.png"
+    rows = [
+        {"file_name": "sub\\a.png", "text": "one\u2028two", "mask_file_name": f"m\\{composed}"},
+        {"file_name": composed, "text": "coffee"}, {"file_name": "..\\out.png", "text": "not ours"},
+        {"file_name": "odd\\name.png", "text": "a backslash"}, {"file_name": "./sub//b.png", "text": "b"},
+    ]  # fmt: skip
+    table = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    names = ("sub/a.png", "sub/b.png", apart, f"m/{apart}", "odd\\name.png", "odd/name.png", "../out.png")
+    root = folder({"metadata.jsonl": table, **{name: picture() for name in names}})
+    found = read_pictures(root)
+    told = {"sub/a.png": "one\u2028two", apart: "coffee", "odd\\name.png": "a backslash", "sub/b.png": "b"}
+    assert captions(found) == {name: (caption,) for name, caption in told.items()}
+    assert [example.mask for example in found.examples if example.mask] == [FileAt(root / "m" / apart)]
+    assert [line.partition(";")[0] for line in found.left_out] == [
+        "odd/name.png: no caption", "..\\out.png: not found, though a table names it",
+    ]  # fmt: skip
+
+
 def test_columns_of_masks_and_conditions(folder: Callable):
     row = {"file_name": "a.png", "text": "a", "mask_file_name": "m/a.png", "conditioning_image_file_name": "e/a.png"}
     files = {"metadata.jsonl": json.dumps(row), **{name: picture() for name in ("a.png", "m/a.png", "e/a.png")}}
