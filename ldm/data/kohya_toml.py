@@ -9,7 +9,7 @@ import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from ldm.data.caption_files import captions_in
@@ -132,18 +132,23 @@ def _found(name: str, beside: Path) -> Path:
 
 
 def _metadata(path: Path, folder: Path, rules: CaptionRules) -> Told:
-    """kohya's own table: {"caption", "tags"} by a picture's path, or by its name with or without ending."""
+    """kohya's own table: {"caption", "tags"} by a picture's path, or by its name with or without ending.
+
+    The path may be one of another machine, for which its last part stands.
+    """
     try:
         said = json.loads(FileAt(path).read(MAX_BYTES))
     except (ValueError, RecursionError):
         raise LdmError(f"{printable(str(path))}: is not JSON, expected captions and tags by picture; mend it") from None
     if not isinstance(said, dict):
         raise LdmError(f"{printable(str(path))}: is no JSON object, expected captions and tags by picture")
+    last = {PureWindowsPath(key).name: key for key in reversed(said)}  # which divides at either slash
     rows, named = {}, set()
     for picture in list_files(folder, deep=False).files:
         if picture.suffix.lower() not in PICTURES:
             continue
-        key = next((key for key in (str(picture), picture.name, picture.stem) if isinstance(said.get(key), dict)), None)
+        keys = (str(picture), picture.name, picture.stem, last.get(picture.name), last.get(picture.stem))
+        key = next((key for key in keys if isinstance(said.get(key), dict)), None)
         if key is not None:
             tags = said[key].get("tags")
             captions = [*captions_in(said[key]), *([tags] if isinstance(tags, str) and tags.strip() else [])]

@@ -103,11 +103,21 @@ def test_toml(tmp_path: Path):
         "two/e.png": {"caption": "not by this name"},
         "e": {"caption": "a cat", "tags": "cat, sits"},
         "f.png": {"tags": "x"},
+        "D:\\pictures\\two\\g.png": {"caption": "elsewhere"},
+        "/mnt/two/g": {"caption": "the first of both"},
     }
     write(
-        tmp_path, "one/a.png", "one/b.png", "one/b.txt=b", "one/deeper/c.png", "class/d.png", "two/e.png", "two/f.png"
+        tmp_path,
+        "one/a.png",
+        "one/b.png",
+        "one/b.txt=b",
+        "one/deeper/c.png",
+        "class/d.png",
+        "two/e.png",
+        "two/f.png",
+        "two/g.png",
     )
-    write(tmp_path, "edges/e.png", "edges/f.png", f"two.json={json.dumps(table)}", f"set.toml={TOML}")
+    write(tmp_path, "edges/e.png", "edges/f.png", "edges/g.png", f"two.json={json.dumps(table)}", f"set.toml={TOML}")
     found = read_pictures(tmp_path / "set.toml")
     first = CaptionRules(shuffle=True, keep=1, prefix="by me,", drop=0.05)
     third = CaptionRules(shuffle=True, keep=2, drop=0.05, drop_tags=1, wildcards=True)
@@ -117,12 +127,15 @@ def test_toml(tmp_path: Path):
         ("class/d.png", ("dog",), 1, False, False, True),
         ("two/e.png", ("a cat, cat, sits",), 1, False, True, False),
         ("two/f.png", ("x",), 1, False, True, False),
+        ("two/g.png", ("elsewhere",), 1, False, True, False),
     ]
     assert [e.rules for e in found.examples] == [
-        first, first, CaptionRules(shuffle=True, keep=3, drop=0.05), third, third
+        first, first, CaptionRules(shuffle=True, keep=3, drop=0.05), third, third, third
     ]  # fmt: skip
     assert found.examples[3].hint == FileAt(tmp_path / "edges/e.png")
-    assert found.left_out == ("two.json: names two/e.png, which is not there",)
+    assert found.left_out == (
+        "two.json: names two/e.png, which is not there", "two.json: names /mnt/two/g, which is not there",
+    )  # fmt: skip
     assert found.notes == (
         "set.toml: resolution, batch_size are not taken from it, but from the options of the command",
         "set.toml: without effect here: color_aug",
