@@ -47,8 +47,8 @@ HEAVY: dict[str, set[str]] = {
     "diffusers": {"evaluation/bench_diffusers.py"},
     "peft": {"training/adapters.py", "evaluation/bench_diffusers.py"},
     "open_clip": {
-        "training/clip.py",
-        "training/clip_model.py",
+        "training/clip/objective.py",
+        "training/clip/model.py",
         "models/image_encoder.py",
         "pipeline/clip/open_clip_model.py",
     },
@@ -56,27 +56,27 @@ HEAVY: dict[str, set[str]] = {
     "torchao": {"training/engine/optimizers.py"},
     "prodigyopt": {"training/engine/optimizers.py"},
     "schedulefree": {"training/engine/optimizers.py"},
-    "jinja2": {"training/tune/report.py", "apps/check_page.py"},
+    "jinja2": {"training/tune/report.py", "apps/output/check_page.py"},
     "matplotlib": {"training/tune/report.py"},
     "xformers": {"layers/attention.py"},
     "ftfy": {"models/tokenizer.py"},
     "tyro": {
         "apps/cli.py",
-        "apps/flags.py",
-        "apps/options.py",
-        "apps/tune_flags.py",
+        "apps/flags/shared.py",
+        "apps/flags/commands.py",
+        "apps/flags/tune.py",
         "data/packed.py",
         "data/pictures/build.py",
-        "training/clip_figures.py",
+        "training/clip/figures.py",
     },
     "rich": {
         "apps/bench.py",
         "apps/check.py",
-        "apps/progress.py",
+        "apps/output/progress.py",
         "apps/info.py",
-        "apps/info_page.py",
-        "apps/match_tables.py",
-        "apps/rows.py",
+        "apps/output/info_page.py",
+        "apps/output/match_tables.py",
+        "apps/output/rows.py",
     },
     "pydantic": {"pipeline/request.py", "pipeline/validation.py"},
     "faiss": {"search/nearest.py"},
@@ -85,10 +85,14 @@ HEAVY: dict[str, set[str]] = {
 }
 """Heavy packages, or ones with a single purpose, and the files that may import them."""
 
-LIGHT = ("apps/cli.py", "apps/options.py", "apps/progress.py", "apps/generate.py", "apps/controls.py", "apps/sheet.py",
-         "apps/flags.py", "apps/fields.py", "apps/axes.py", "apps/grid.py", "apps/tiles.py",
-         "__main__.py", "pipeline/request.py", "pipeline/images.py", "pipeline/files.py", "errors.py",
-         "__init__.py")  # fmt: skip
+LIGHT = (
+    *("__init__.py", "__main__.py", "errors.py"),
+    *("apps/cli.py", "apps/generate.py", "apps/grid.py", "apps/sheet.py"),
+    *("apps/flags/axes.py", "apps/flags/commands.py", "apps/flags/controls.py"),
+    *("apps/flags/requests.py", "apps/flags/shared.py"),
+    *("apps/output/progress.py", "apps/output/tiles.py"),
+    *("pipeline/files.py", "pipeline/images.py", "pipeline/request.py"),
+)
 """What the command line imports before it knows that it needs torch."""
 
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ldm.apps.progress import to_stderr
+from ldm.apps.output.progress import to_stderr
 from ldm.errors import LdmError, printable
 from ldm.evaluation.bench import Entry, MeasureTuning, Part, Plan
 from ldm.evaluation.bench import bench as measure
@@ -20,7 +20,7 @@ from ldm.pipeline.device import choose_device
 from ldm.pipeline.load import shipped_model
 
 if TYPE_CHECKING:
-    from ldm.apps.options import Bench
+    from ldm.apps.flags.commands import Bench
 
 COLUMNS = ("part", "size", "ours", "best", "default", "to best", "to default", "error", "theirs")
 

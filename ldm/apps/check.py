@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from ldm.apps.check_page import THUMBNAIL, page_bytes, thumbnail
-from ldm.apps.progress import progress_bar
-from ldm.apps.rows import grid
+from ldm.apps.output.check_page import THUMBNAIL, page_bytes, thumbnail
+from ldm.apps.output.progress import progress_bar
+from ldm.apps.output.rows import grid
 from ldm.data.buckets import Buckets, usual_buckets
 from ldm.data.captions import CaptionRules
 from ldm.data.check import ENLARGED, TOKENS, Checked, Seen
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-    from ldm.apps.flags import PictureFolder
-    from ldm.apps.options import Check
+    from ldm.apps.flags.commands import Check
+    from ldm.apps.flags.shared import PictureFolder
 
 SIZE = 128
 """Of the model that ships, in pixels."""

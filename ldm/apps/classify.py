@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ldm.apps.clip_inputs import check_some, clip_of_command, raise_unread, readable, texts_of
-from ldm.apps.match_tables import print_matches
-from ldm.apps.options import Classify
-from ldm.apps.progress import to_stderr
+from ldm.apps.flags.clip_inputs import check_some, clip_of_command, raise_unread, readable, texts_of
+from ldm.apps.flags.commands import Classify
+from ldm.apps.output.match_tables import print_matches
+from ldm.apps.output.progress import to_stderr
 from ldm.errors import LdmError
 from ldm.pipeline.clip.model import BATCH
 from ldm.tasks.classify import TEMPLATES, Match, classifier

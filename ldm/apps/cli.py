@@ -19,8 +19,7 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
 
 from ldm import __version__
-from ldm.apps.flags import Model
-from ldm.apps.options import (
+from ldm.apps.flags.commands import (
     Bench,
     Check,
     Classify,
@@ -50,7 +49,8 @@ from ldm.apps.options import (
     Upscale,
     Variations,
 )
-from ldm.apps.progress import to_stderr
+from ldm.apps.flags.shared import Model
+from ldm.apps.output.progress import to_stderr
 from ldm.errors import LdmError
 
 DESCRIPTION = f"""Pictures from text by latent diffusion: ldm generate "a red apple". Version {__version__}."""

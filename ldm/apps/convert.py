@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ldm.apps.adapters import read_adapters
-from ldm.apps.options import Convert
+from ldm.apps.flags.adapters import read_adapters
+from ldm.apps.flags.commands import Convert
 from ldm.errors import LdmError
 from ldm.models.presets import SystemConfig
 from ldm.pipeline.load import PREFIXES, PartKind

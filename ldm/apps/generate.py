@@ -11,18 +11,18 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
 
-from ldm.apps.controls import control_files
-from ldm.apps.fields import picture, requests_of
-from ldm.apps.flags import Details, Model
-from ldm.apps.options import Depth2Img, TaskCommand, Upscale, Variations
-from ldm.apps.previews import Preview, check_preview, preview_of
-from ldm.apps.progress import Bar, Stopwatch, progress_bar, to_stderr
+from ldm.apps.flags.commands import Depth2Img, TaskCommand, Upscale, Variations
+from ldm.apps.flags.controls import control_files
+from ldm.apps.flags.requests import picture, requests_of
+from ldm.apps.flags.shared import Details, Model
+from ldm.apps.output.previews import Preview, check_preview, preview_of
+from ldm.apps.output.progress import Bar, Stopwatch, progress_bar, to_stderr
 from ldm.errors import LdmError
 from ldm.pipeline.files import check_output, output_path, sha256_of
 from ldm.pipeline.request import GenerateRequest
 
 if TYPE_CHECKING:
-    from ldm.apps.adapters import Wanted
+    from ldm.apps.flags.adapters import Wanted
     from ldm.pipeline.latent_diffusion import LatentDiffusion
     from ldm.pipeline.picture import Picture
     from ldm.tasks import Task
@@ -71,7 +71,7 @@ def with_their_adapters(
     """The requests by the adapters that the flags and each prompt ask for, and these as they were read."""
     if not model.lora and not any("<" in request.prompt for request in requests):
         return {(): requests}, {}
-    from ldm.apps.adapters import read_files, wanted_by, wanted_by_flags
+    from ldm.apps.flags.adapters import read_files, wanted_by, wanted_by_flags
 
     by_flags = wanted_by_flags(model.lora, model.models)
     groups: dict[tuple[Wanted, ...], list[GenerateRequest]] = {}
@@ -84,7 +84,7 @@ def adapted(model: LatentDiffusion, wanted: tuple[Wanted, ...], adapters: dict[P
     """The model with these adapters, of those that were read."""
     if not wanted:
         return model
-    from ldm.apps.adapters import choices
+    from ldm.apps.flags.adapters import choices
 
     return model.with_adapters(choices(wanted, adapters))
 
@@ -100,7 +100,7 @@ def load_model(model: Model, watch: Stopwatch) -> LatentDiffusion:
     """The model with all that its flags name."""
     loaded = load_plain(model, watch, adapted=bool(model.lora))
     if model.lora:
-        from ldm.apps.adapters import read_adapters
+        from ldm.apps.flags.adapters import read_adapters
 
         loaded = loaded.with_adapters(read_adapters(model.lora, model.models, allow_pickle=model.allow_pickle))
         watch.mark("loading")

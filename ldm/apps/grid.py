@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 from ldm import __version__
-from ldm.apps.axes import MAX_CELLS, NO_AXIS, Axis, axis_of, request_at
-from ldm.apps.fields import detail_fields, expanded, highres_of, picture, sampling_fields
-from ldm.apps.flags import Model
+from ldm.apps.flags.axes import MAX_CELLS, NO_AXIS, Axis, axis_of, request_at
+from ldm.apps.flags.commands import Grid
+from ldm.apps.flags.requests import detail_fields, expanded, highres_of, picture, sampling_fields
+from ldm.apps.flags.shared import Model
 from ldm.apps.generate import adapted, draw, hash_in_background, load_plain
-from ldm.apps.options import Grid
-from ldm.apps.progress import Bar, Stopwatch, progress_bar, to_stderr
-from ldm.apps.tiles import centred, message_tile, with_axes
+from ldm.apps.output.progress import Bar, Stopwatch, progress_bar, to_stderr
+from ldm.apps.output.tiles import centred, message_tile, with_axes
 from ldm.errors import LdmError
 from ldm.pipeline.files import check_output, write_new
 from ldm.pipeline.request import GenerateRequest
@@ -31,7 +31,7 @@ from ldm.pipeline.validation import shown
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ldm.apps.adapters import Wanted
+    from ldm.apps.flags.adapters import Wanted
     from ldm.pipeline.latent_diffusion import LatentDiffusion
     from ldm.weights.adapters.read import Adapter
 
@@ -214,7 +214,7 @@ def _with_adapters(model: Model, cells: Sequence[Cell]) -> tuple[list[Cell], dic
     """The cells with the adapters that the flags, the axes and the prompts ask for, and these as they were read."""
     if not model.lora and not any("<" in cell.request.prompt for cell in cells):
         return list(cells), {}
-    from ldm.apps.adapters import read_files, wanted_by, wanted_by_flags
+    from ldm.apps.flags.adapters import read_files, wanted_by, wanted_by_flags
 
     by_flags = wanted_by_flags(model.lora, model.models)
     found = []

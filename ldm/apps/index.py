@@ -10,9 +10,9 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
-from ldm.apps.clip_inputs import clip_of_command
-from ldm.apps.options import Index
-from ldm.apps.progress import in_one_line, progress_bar, to_stderr
+from ldm.apps.flags.clip_inputs import clip_of_command
+from ldm.apps.flags.commands import Index
+from ldm.apps.output.progress import in_one_line, progress_bar, to_stderr
 from ldm.errors import LdmError
 from ldm.search import Report, Share, update
 from ldm.search.build import update_share

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ldm.apps.info_page import commands, page, table
+from ldm.apps.output.info_page import commands, page, table
 from ldm.errors import LdmError
 from ldm.weights.doctor.describe import describe, describe_folder, is_one_model
 from ldm.weights.doctor.report import FileReport

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.apps.fields import picture
+from ldm.apps.flags.commands import Pca
+from ldm.apps.flags.requests import picture
 from ldm.apps.generate import load_model, with_decoder
-from ldm.apps.options import Pca
-from ldm.apps.progress import Stopwatch, progress_bar, to_stderr
+from ldm.apps.output.progress import Stopwatch, progress_bar, to_stderr
 from ldm.apps.sequences import Axes, check_sheet, drawn, list_of, request_of, save_sheet, say
 from ldm.errors import LdmError
 from ldm.pipeline.files import PICTURE_SUFFIXES

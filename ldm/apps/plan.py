@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
-from ldm.apps.fields import size_of
+from ldm.apps.flags.requests import size_of
 from ldm.errors import LdmError
 from ldm.models import presets
 from ldm.models.offloading import OFFLOADS, check_offload
@@ -27,7 +27,7 @@ from ldm.weights.part import is_part, rest_path, with_rest
 from ldm.weights.source import open_source
 
 if TYPE_CHECKING:
-    from ldm.apps.options import Plan
+    from ldm.apps.flags.commands import Plan
     from ldm.models.presets import SystemConfig
     from ldm.weights.io import TensorInfo
 

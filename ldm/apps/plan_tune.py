@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.apps.fields import size_of
+from ldm.apps.flags.requests import size_of
 from ldm.apps.plan import Other, as_json, bytes_of, device_of, model_of, page
 from ldm.errors import LdmError
 from ldm.pipeline.device import available_memory, choose_precision
@@ -23,7 +23,7 @@ from ldm.training.tune.settings import Tuning, check_base, usual_batch
 from ldm.training.tune.trained import base_dtype
 
 if TYPE_CHECKING:
-    from ldm.apps.options import Plan
+    from ldm.apps.flags.commands import Plan
 
 DRAWING_ALONE = ("guidance", "image", "lora", "controls", "vae_tile", "offload", "store", "dtype")
 """Flags that a plan for tuning does not heed."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ldm.apps.fields import prior_use, sampling_fields
+from ldm.apps.flags.commands import PriorSheet
+from ldm.apps.flags.requests import prior_use, sampling_fields
 from ldm.apps.generate import load_model, with_decoder
-from ldm.apps.options import PriorSheet
-from ldm.apps.progress import Stopwatch, progress_bar
+from ldm.apps.output.progress import Stopwatch, progress_bar
 from ldm.apps.sequences import Axes, check_sheet, drawn, save_sheet, say
 from ldm.errors import LdmError
 from ldm.pipeline.request import GenerateRequest

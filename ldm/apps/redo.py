@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image
 
-from ldm.apps.controls import MAX_PICTURE_FILE
-from ldm.apps.flags import Asking, Controls, Details, Model, Refining
+from ldm.apps.flags.commands import Redo
+from ldm.apps.flags.controls import MAX_PICTURE_FILE
+from ldm.apps.flags.shared import Asking, Controls, Details, Model, Refining
 from ldm.apps.generate import adapted, draw, load_plain, with_their_adapters
-from ldm.apps.options import Redo
-from ldm.apps.progress import Stopwatch, progress_bar, to_stderr
+from ldm.apps.output.progress import Stopwatch, progress_bar, to_stderr
 from ldm.errors import LdmError
 from ldm.pipeline.files import check_output, names_file, read_file, sha256_of, stem_of
 from ldm.pipeline.images import read_picture

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ldm.apps.clip_inputs import check_some, clip_of_command, raise_unread, readable, texts_of
-from ldm.apps.heat_map import MOST_PICTURES, MOST_TEXTS, heat_map
-from ldm.apps.match_tables import print_scores
-from ldm.apps.options import Score
+from ldm.apps.flags.clip_inputs import check_some, clip_of_command, raise_unread, readable, texts_of
+from ldm.apps.flags.commands import Score
+from ldm.apps.output.heat_map import MOST_PICTURES, MOST_TEXTS, heat_map
+from ldm.apps.output.match_tables import print_scores
 from ldm.errors import LdmError
 from ldm.pipeline.clip.model import BATCH, CLIP
 from ldm.pipeline.files import check_output, write_new

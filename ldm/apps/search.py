@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.apps.clip_inputs import clip_of_command, raise_unread, readable
-from ldm.apps.options import Search
-from ldm.apps.progress import in_one_line
-from ldm.apps.tiles import centred, compose, message_tile
+from ldm.apps.flags.clip_inputs import clip_of_command, raise_unread, readable
+from ldm.apps.flags.commands import Search
+from ldm.apps.output.progress import in_one_line
+from ldm.apps.output.tiles import centred, compose, message_tile
 from ldm.errors import LdmError
 from ldm.pipeline.files import check_output, names_file, read_file, write_new
 from ldm.pipeline.images import LARGE_BYTES, read_shrunk

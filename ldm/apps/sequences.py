@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm import __version__
-from ldm.apps.fields import size_of
-from ldm.apps.flags import Decoding
-from ldm.apps.progress import Bar, Stopwatch, to_stderr
-from ldm.apps.tiles import with_axes
+from ldm.apps.flags.requests import size_of
+from ldm.apps.flags.shared import Decoding
+from ldm.apps.output.progress import Bar, Stopwatch, to_stderr
+from ldm.apps.output.tiles import with_axes
 from ldm.errors import LdmError
 from ldm.pipeline.files import check_output, write_new
 from ldm.pipeline.request import GenerateRequest

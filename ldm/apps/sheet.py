@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.apps.fields import sampling_fields
+from ldm.apps.flags.commands import Sheet
+from ldm.apps.flags.requests import sampling_fields
 from ldm.apps.generate import draw, load_model
-from ldm.apps.options import Sheet
-from ldm.apps.progress import Stopwatch, progress_bar
-from ldm.apps.tiles import compose
+from ldm.apps.output.progress import Stopwatch, progress_bar
+from ldm.apps.output.tiles import compose
 from ldm.errors import LdmError
 from ldm.pipeline.files import check_output, read_file, write_new
 from ldm.pipeline.request import GenerateRequest

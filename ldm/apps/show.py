@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from ldm.apps.progress import in_one_line
+from ldm.apps.output.progress import in_one_line
 from ldm.errors import LdmError
 from ldm.pipeline.metadata.read import Metadata, read_metadata
 from ldm.pipeline.metadata.remake import Remake

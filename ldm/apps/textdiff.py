@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ldm.apps.fields import picture
+from ldm.apps.flags.commands import TextDiff
+from ldm.apps.flags.requests import picture
 from ldm.apps.generate import load_model, with_decoder
-from ldm.apps.options import TextDiff
-from ldm.apps.progress import Stopwatch, progress_bar
+from ldm.apps.output.progress import Stopwatch, progress_bar
 from ldm.apps.sequences import Axes, check_sheet, drawn, request_of, save_sheet, say
 
 

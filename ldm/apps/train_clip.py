@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ldm.apps.options import TrainClip
-from ldm.training.clip_run import ClipRun, train_clip
+from ldm.apps.flags.commands import TrainClip
+from ldm.training.clip.run import ClipRun, train_clip
 from ldm.training.engine.loop import LoopConfig
 from ldm.training.engine.ranks import rank_and_ranks
 

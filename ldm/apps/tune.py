@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.apps.check import buckets_of, defaults_of
-from ldm.apps.progress import progress_bar, to_stderr
-from ldm.apps.tune_checks import check_command, check_packages, check_pictures
+from ldm.apps.flags.tune_checks import check_command, check_packages, check_pictures
+from ldm.apps.output.progress import progress_bar, to_stderr
 from ldm.data.captions import CaptionRules, whole
 from ldm.data.example import PictureSet
 from ldm.data.picture_set import read_pictures
@@ -32,7 +32,7 @@ from ldm.training.tune.settings import Tuning, check_base, usual_batch, usual_ra
 from ldm.training.tune.trained import base_dtype
 
 if TYPE_CHECKING:
-    from ldm.apps.options import Tune
+    from ldm.apps.flags.commands import Tune
     from ldm.models.presets import SystemConfig
     from ldm.pipeline.latent_diffusion import LatentDiffusion
 

@@ -34,10 +34,10 @@ from ldm.pipeline.latent_diffusion import LatentDiffusion
 from ldm.pipeline.load import save_checkpoint
 from ldm.pipeline.request import GenerateRequest
 from ldm.training.autoencoder import AutoencoderLoss, AutoencoderObjective, VAEDecoderObjective
-from ldm.training.clip import CLIPObjective, Pixels
-from ldm.training.clip_data import Pairs
-from ldm.training.clip_model import small_clip
-from ldm.training.decoder import (
+from ldm.training.clip.data import Pairs
+from ldm.training.clip.model import small_clip
+from ldm.training.clip.objective import CLIPObjective, Pixels
+from ldm.training.dalle2.decoder import (
     DROP_TEXT,
     DecoderObjective,
     augmentor_of,
@@ -46,11 +46,8 @@ from ldm.training.decoder import (
     plain_tokens,
     widened,
 )
-from ldm.training.diffusion import DiffusionObjective, LatentPictures
-from ldm.training.engine.loop import LoopConfig, train
-from ldm.training.latents import centre_latents, encode_captions, encode_pictures, open_latents
-from ldm.training.prior import CodesObjective, PriorObjective
-from ldm.training.prior_data import (
+from ldm.training.dalle2.prior import CodesObjective, PriorObjective
+from ldm.training.dalle2.prior_data import (
     PriorPictures,
     caption_lengths,
     fold_text,
@@ -59,6 +56,9 @@ from ldm.training.prior_data import (
     set_speller,
     set_statistics,
 )
+from ldm.training.diffusion import DiffusionObjective, LatentPictures
+from ldm.training.engine.loop import LoopConfig, train
+from ldm.training.latents import centre_latents, encode_captions, encode_pictures, open_latents
 from ldm.training.sheets import save_sheet
 from ldm.training.whitening import fold, folded, unfold
 from ldm.weights.layout import Networks

@@ -10,7 +10,7 @@ import torch
 
 from ldm.apps.bench import COLUMNS, notes, plan_of, table
 from ldm.apps.cli import main, parse
-from ldm.apps.options import Bench
+from ldm.apps.flags.commands import Bench
 from ldm.errors import LdmError
 from ldm.evaluation import bench_diffusers
 from ldm.evaluation.bench import Entry

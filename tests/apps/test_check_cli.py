@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.apps.check_page import crop_shares
 from ldm.apps.cli import main
+from ldm.apps.output.check_page import crop_shares
 from ldm.data.buckets import usual_buckets
 
 

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from ldm.apps import match_tables
 from ldm.apps.cli import main
-from ldm.apps.heat_map import CELL, heat_map, ink_on, shade
+from ldm.apps.output import match_tables
+from ldm.apps.output.heat_map import CELL, heat_map, ink_on, shade
 from ldm.models.image_encoder import ImageTower
 from ldm.models.presets import sd1, small, tiny
 from ldm.pipeline.clip.load import load_clip

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldm.apps.adapters import split_weights
 from ldm.apps.cli import main
+from ldm.apps.flags.adapters import split_weights
 from ldm.models.presets import sd1, tiny
 from ldm.pipeline.metadata.read import read_metadata
 

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ldm.apps.cli import main
-from ldm.apps.controls import control_name
+from ldm.apps.flags.controls import control_name
 from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.presets import SystemConfig, sd1, small, tiny
 from ldm.pipeline.metadata.read import read_metadata

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from ldm.apps.cli import main, parse
-from ldm.apps.fields import requests_of
-from ldm.apps.options import Variations
+from ldm.apps.flags.commands import Variations
+from ldm.apps.flags.requests import requests_of
 from ldm.apps.sequences import KEYWORD
 from ldm.models.presets import small, small_decoder, tiny
 from ldm.pipeline.clip.components import read_components

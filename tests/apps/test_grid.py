@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ldm.apps import grid as grids
-from ldm.apps.axes import Axis, axis_of, request_at
 from ldm.apps.cli import main, parse
-from ldm.apps.options import Grid
-from ldm.apps.tiles import centred, compose, message_tile, with_axes
+from ldm.apps.flags.axes import Axis, axis_of, request_at
+from ldm.apps.flags.commands import Grid
+from ldm.apps.output.tiles import centred, compose, message_tile, with_axes
 from ldm.errors import LdmError
 from ldm.models.presets import SystemConfig, sd1, small, tiny
 from ldm.pipeline.metadata.read import read_metadata

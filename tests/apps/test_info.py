@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm.apps.info import as_json_object, info
-from ldm.apps.info_page import page
+from ldm.apps.output.info_page import page
 from ldm.errors import LdmError
 from ldm.models.presets import SystemConfig, sd2, tiny
 from ldm.pipeline.load import random_system

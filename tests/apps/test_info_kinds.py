@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from ldm.apps.cli import main
 from ldm.apps.info import as_json_object, info
-from ldm.apps.info_page import commands, page, table
+from ldm.apps.output.info_page import commands, page, table
 from ldm.errors import LdmError
 from ldm.models.controlnet import ControlNet, ControlNetConfig
 from ldm.models.presets import SystemConfig, sd1, sd2, sdxl, tiny

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from together import run_together
 
-import ldm.apps.clip_inputs
+import ldm.apps.flags.clip_inputs
 from ldm.apps.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -21,17 +21,17 @@ from fake_clip import draw, fake_clip, gallery  # noqa: E402
 RANK = """
 import sys
 sys.path[:0] = sys.argv[2:]
-import ldm.apps.clip_inputs
+import ldm.apps.flags.clip_inputs
 from ldm.apps.cli import main
 from fake_clip import fake_clip
-ldm.apps.clip_inputs.load_clip = lambda *_, **__: fake_clip()
+ldm.apps.flags.clip_inputs.load_clip = lambda *_, **__: fake_clip()
 sys.exit(main(["index", sys.argv[1], "--json"]))
 """
 
 
 @pytest.fixture(autouse=True)
 def clip(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ldm.apps.clip_inputs, "load_clip", lambda *_, **__: fake_clip())
+    monkeypatch.setattr(ldm.apps.flags.clip_inputs, "load_clip", lambda *_, **__: fake_clip())
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_bad_arguments(
 def test_a_bad_top_is_told_before_the_model_is_loaded(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ldm.apps.clip_inputs, "load_clip", None)
+    monkeypatch.setattr(ldm.apps.flags.clip_inputs, "load_clip", None)
     for top in ("0", "10001"):
         assert main(["search", "red", "--index", str(folder), "--top", top]) == 2
         assert f"top: found {top}, expected 1 to 10000" in capsys.readouterr().err
@@ -164,7 +164,7 @@ def test_what_no_launcher_says(
 
 def test_another_model(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     other = fake_clip("b" * 64, name="other")
-    monkeypatch.setattr(ldm.apps.clip_inputs, "load_clip", lambda *_, **__: other)
+    monkeypatch.setattr(ldm.apps.flags.clip_inputs, "load_clip", lambda *_, **__: other)
     for arguments in (["search", "red", "--index", str(folder)], ["index", str(folder)]):
         assert main(arguments) == 2
         err = capsys.readouterr().err

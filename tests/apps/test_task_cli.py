@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from ldm.apps import generate as drawing
 from ldm.apps.cli import main, parse
-from ldm.apps.fields import requests_of
+from ldm.apps.flags.requests import requests_of
 from ldm.errors import LdmError
 from ldm.models.presets import SystemConfig, sd1, sd2, sd2_unclip, sd_x4_upscaler, small, tiny
 from ldm.pipeline.metadata.read import read_metadata
@@ -258,7 +258,7 @@ def test_a_lora_by_name_in_the_prompt_is_the_one_given_as_a_flag(folder):
 @pytest.mark.parametrize("line", ["x<lora:cat:1> --lora cat", "x<lora:cat:1><lora:cat:1>", "x --lora cat --lora cat"])
 def test_an_adapter_that_is_asked_for_twice(command, line, folder, monkeypatch, capsys):
     """Whether by flag or in the prompt, and before anything is loaded."""
-    monkeypatch.setattr("ldm.apps.adapters.read_adapter", lambda *_, **__: pytest.fail("it was read"))
+    monkeypatch.setattr("ldm.apps.flags.adapters.read_adapter", lambda *_, **__: pytest.fail("it was read"))
     monkeypatch.setattr("ldm.pipeline.load.load", lambda *_, **__: pytest.fail("a model was loaded"))
     axis = ["--x", "steps=1,2"] if command == "grid" else []
     assert main([command, *line.split(), *axis, "--models", "webui"]) == 2

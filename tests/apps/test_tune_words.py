@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.apps.options import Tune
+from ldm.apps.flags.commands import Tune
+from ldm.apps.flags.tune import Learning
 from ldm.apps.tune import has_word, loop_of, with_word
-from ldm.apps.tune_flags import Learning
 from ldm.data.captions import CaptionRules, whole
 from ldm.data.example import Example, PictureSet
 from ldm.data.file_at import FileAt

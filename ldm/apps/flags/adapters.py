@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from ldm.apps.progress import to_stderr
+from ldm.apps.output.progress import to_stderr
 from ldm.errors import LdmError
 from ldm.pipeline.request import GenerateRequest
 from ldm.pipeline.text.prompt import adapters_in

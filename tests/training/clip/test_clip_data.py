@@ -17,9 +17,9 @@ from PIL import Image
 
 from ldm.data.packed import write_packed
 from ldm.errors import LdmError
-from ldm.training import clip_data
-from ldm.training.clip import Pixels
-from ldm.training.clip_data import Fit, Pairs, open_pairs
+from ldm.training.clip import data as clip_data
+from ldm.training.clip.data import Fit, Pairs, open_pairs
+from ldm.training.clip.objective import Pixels
 
 FIT = Fit(16)
 

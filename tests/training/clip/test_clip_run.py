@@ -24,11 +24,12 @@ from torch import Tensor
 from ldm.apps import cli
 from ldm.errors import LdmError
 from ldm.evaluation.retrieval import retrieval
-from ldm.training import clip_model, clip_run
-from ldm.training.clip import OpenCLIP, encode_text
-from ldm.training.clip_data import open_pairs
-from ldm.training.clip_model import SIGMOID_START, build, export, read_config, tokenizer
-from ldm.training.clip_run import ClipRun, train_clip
+from ldm.training.clip import model as clip_model
+from ldm.training.clip import run as clip_run
+from ldm.training.clip.data import open_pairs
+from ldm.training.clip.model import SIGMOID_START, build, export, read_config, tokenizer
+from ldm.training.clip.objective import OpenCLIP, encode_text
+from ldm.training.clip.run import ClipRun, train_clip
 from ldm.training.engine.loop import LoopConfig
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "magenta")

@@ -23,8 +23,8 @@ from ldm.models.image_encoder import CLIP_DEVIATION, CLIP_MEAN, ImageConfig
 from ldm.models.presets import SMALL_IMAGE, SMALL_TEXT
 from ldm.models.text_encoder import TextConfig
 from ldm.pipeline.files import read_file
-from ldm.training.clip import MAX_SCALE, Contrast, OpenCLIP, Pixels
-from ldm.training.clip_data import Fit
+from ldm.training.clip.data import Fit
+from ldm.training.clip.objective import MAX_SCALE, Contrast, OpenCLIP, Pixels
 from ldm.weights.atomic import replacing
 from ldm.weights.clip_config import named_description
 from ldm.weights.io import printable

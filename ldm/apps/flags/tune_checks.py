@@ -7,13 +7,13 @@ from dataclasses import fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from ldm.apps.tune_flags import Learning
+from ldm.apps.flags.tune import Learning
 from ldm.data.example import PictureSet
 from ldm.errors import LdmError
 from ldm.training.engine.optimizers import PACKAGES
 
 if TYPE_CHECKING:
-    from ldm.apps.options import Tune
+    from ldm.apps.flags.commands import Tune
 
 
 def check_command(command: Tune) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from ldm.data.pictures.splits import HELD_OUT_PAIR
 from ldm.errors import LdmError
 from ldm.pipeline.clip.model import CLIP
-from ldm.training.clip_figures import bag_of_words, clip_figures
+from ldm.training.clip.figures import bag_of_words, clip_figures
 
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "grey": (90, 90, 90)}
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from ldm.models.image_encoder import ImageConfig
 from ldm.models.text_encoder import TextConfig
 from ldm.models.tokenizer import tokenize
-from ldm.training.clip import CLIPObjective, Contrast, Pixels, contrast, encode_text
-from ldm.training.clip_data import Pairs
-from ldm.training.clip_model import SIGMOID_START, small_config
+from ldm.training.clip.data import Pairs
+from ldm.training.clip.model import SIGMOID_START, small_config
+from ldm.training.clip.objective import CLIPObjective, Contrast, Pixels, contrast, encode_text
 from ldm.training.engine.objective import Draw
 
 TEXT = TextConfig(32, 2, 2, projection=16, names="open_clip", activation="gelu")

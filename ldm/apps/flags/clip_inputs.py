@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ldm.apps.flags import ClipModel
-from ldm.apps.progress import to_stderr
+from ldm.apps.flags.shared import ClipModel
+from ldm.apps.output.progress import to_stderr
 from ldm.errors import LdmError
 from ldm.pipeline.clip.load import load_clip
 from ldm.pipeline.clip.model import CLIP, check_shape

@@ -8,9 +8,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, assert_never
 
-from ldm.apps.controls import MAX_PICTURE_FILE, controls_of
-from ldm.apps.flags import Asking, Chance, Details, Prompts, Reading, Refining, Sampling, SecondPass, Steering
-from ldm.apps.options import Depth2Img, Generate, Img2Img, Inpaint, Outpaint, TaskCommand, Upscale, Variations
+from ldm.apps.flags.commands import Depth2Img, Generate, Img2Img, Inpaint, Outpaint, TaskCommand, Upscale, Variations
+from ldm.apps.flags.controls import MAX_PICTURE_FILE, controls_of
+from ldm.apps.flags.shared import Asking, Chance, Details, Prompts, Reading, Refining, Sampling, SecondPass, Steering
 from ldm.errors import LdmError
 from ldm.pipeline.files import read_file
 from ldm.pipeline.request import DEFAULT_SAMPLER, Apg, GenerateRequest, HighRes, PriorUse

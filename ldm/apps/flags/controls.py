@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ldm.apps.flags import Controls
+from ldm.apps.flags.shared import Controls
 from ldm.errors import LdmError
 from ldm.pipeline.files import read_file
 from ldm.pipeline.request import Control

@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ldm.apps.rows import grid
+from ldm.apps.output.rows import grid
 from ldm.weights.config_json import CONFIG_KEY
 from ldm.weights.doctor.adapter import AdapterFacts
 from ldm.weights.doctor.report import FileReport, FolderEntry, Hashes, Numbers, System

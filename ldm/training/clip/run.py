@@ -14,9 +14,9 @@ import torch
 from ldm.errors import LdmError
 from ldm.pipeline.device import choose_device
 from ldm.pipeline.files import read_file
-from ldm.training.clip import CLIPObjective, Contrast, Labelled
-from ldm.training.clip_data import Pairs, open_pairs
-from ldm.training.clip_model import MODEL_FILE, ClipConfig, build, export, read_config, tokenizer
+from ldm.training.clip.data import Pairs, open_pairs
+from ldm.training.clip.model import MODEL_FILE, ClipConfig, build, export, read_config, tokenizer
+from ldm.training.clip.objective import CLIPObjective, Contrast, Labelled
 from ldm.training.engine.loop import LoopConfig, train
 from ldm.training.engine.precision import precision_on, slowness
 from ldm.training.engine.ranks import first_rank_first, rank_and_ranks
@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 class ClipRun:
     """What is trained, on what, and where it goes.
 
-    data, held_out, mirror: as in `ldm.training.clip_data.open_pairs`; config, text_model: as in
-    `ldm.training.clip_model.read_config`; chunks: as in `CLIPObjective`.
+    data, held_out, mirror: as in `ldm.training.clip.data.open_pairs`; config, text_model: as in
+    `ldm.training.clip.model.read_config`; chunks: as in `CLIPObjective`.
     labels: a JSON file {picture's name: label} of which the held-out ones are classified while training goes on.
     """
 

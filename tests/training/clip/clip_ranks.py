@@ -16,7 +16,7 @@ from test_clip import objective_of
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ldm.training.clip import CLIPObjective
+from ldm.training.clip.objective import CLIPObjective
 from ldm.training.engine.loop import LoopConfig, train
 from ldm.training.engine.objective import Draw
 from ldm.training.engine.ranks import first_rank_first, rank_and_ranks

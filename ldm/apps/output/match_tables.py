@@ -11,8 +11,8 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from ldm.apps.heat_map import ink_on, shade
-from ldm.apps.progress import in_one_line
+from ldm.apps.output.heat_map import ink_on, shade
+from ldm.apps.output.progress import in_one_line
 from ldm.tasks.classify import Match
 
 BAR = 28

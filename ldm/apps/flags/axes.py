@@ -12,7 +12,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from ldm.apps.fields import size_of
+from ldm.apps.flags.requests import size_of
 from ldm.errors import LdmError
 from ldm.pipeline.request import Apg, GenerateRequest, HighRes, PriorUse
 from ldm.pipeline.validation import shown

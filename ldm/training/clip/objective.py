@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from ldm.evaluation.retrieval import retrieval
 from ldm.evaluation.zero_shot import accuracy, class_vectors
 from ldm.models.image_encoder import CLIP_DEVIATION, CLIP_MEAN
-from ldm.training.clip_data import Pairs
+from ldm.training.clip.data import Pairs
 from ldm.training.engine.objective import Batch, Draw, Objective
 from ldm.training.engine.ranks import rank_and_ranks
 

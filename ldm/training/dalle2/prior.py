@@ -22,10 +22,10 @@ from ldm.diffusion.state import noised
 from ldm.models.autoregressive_prior import AutoregressivePrior
 from ldm.models.prior import Prior
 from ldm.pipeline.clip.prior import image_embeddings
+from ldm.training.dalle2.prior_data import PriorPictures, fold_text
+from ldm.training.dalle2.prior_retrieval import recall
 from ldm.training.draws import NO_CAPTION, Drawn, Draws, draws_from
 from ldm.training.engine.objective import Batch, Draw, Objective
-from ldm.training.prior_data import PriorPictures, fold_text
-from ldm.training.prior_retrieval import recall
 from ldm.types import Conditioning
 
 PREVIEWED = 256

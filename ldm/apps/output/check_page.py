@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from ldm.apps.tiles import centred, compose
+from ldm.apps.output.tiles import centred, compose
 from ldm.data.buckets import Crop
 from ldm.data.check import Checked, Seen
 from ldm.errors import printable

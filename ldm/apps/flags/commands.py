@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from ldm.apps.flags import (
+from ldm.apps.flags.shared import (
     Asking,
     ClipModel,
     Decoding,
@@ -20,7 +20,7 @@ from ldm.apps.flags import (
     Sampling,
     SecondPass,
 )
-from ldm.apps.tune_flags import Adapting, Learning, Loss, Naming, PlanTuning, Showing
+from ldm.apps.flags.tune import Adapting, Learning, Loss, Naming, PlanTuning, Showing
 from ldm.pipeline.request import DEFAULT_GUIDANCE, DEFAULT_STRENGTH, MaskFill
 
 AXIS_HELP = (

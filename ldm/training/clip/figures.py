@@ -2,7 +2,7 @@
 
     python -m ldm.data.packed --shards shards --out runs/data --size 128
     python -m ldm.data.packed --shards shards --out runs/data --size 128 --name heldout
-    python -m ldm.training.clip_figures                        # of the model that ships; --model FILE for another
+    python -m ldm.training.clip.figures                        # of the model that ships; --model FILE for another
 
 Radford et al. 2021, sections 2.3 and 3.1. The bag of words is a ridge regression from which words a caption has to the
 vector of its picture: a CLIP that reads sentences must do better. Shapes: N pictures, P width of the common space.
@@ -145,7 +145,7 @@ def main() -> None:
         sys.stdout.write(json.dumps(asdict(clip_figures(load_clip(model), left_out, known))) + "\n")
 
     try:
-        tyro.cli(run, prog="python -m ldm.training.clip_figures")
+        tyro.cli(run, prog="python -m ldm.training.clip.figures")
     except LdmError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(2)

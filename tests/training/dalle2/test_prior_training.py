@@ -18,17 +18,17 @@ from ldm.models.autoregressive_prior import AutoregressivePrior
 from ldm.models.prior import Codes, Prior, PriorConfig
 from ldm.pipeline.clip.components import components_of
 from ldm.pipeline.clip.prior import image_embeddings
-from ldm.training.engine.loop import LoopConfig, train
-from ldm.training.engine.objective import Draw
-from ldm.training.prior import CodesObjective, PriorObjective
-from ldm.training.prior_data import (
+from ldm.training.dalle2.prior import CodesObjective, PriorObjective
+from ldm.training.dalle2.prior_data import (
     PriorPictures,
     fold_text,
     kept_components,
     set_speller,
     set_statistics,
 )
-from ldm.training.prior_retrieval import prior_retrieval, recall
+from ldm.training.dalle2.prior_retrieval import prior_retrieval, recall
+from ldm.training.engine.loop import LoopConfig, train
+from ldm.training.engine.objective import Draw
 from ldm.training.whitening import TextWhitening, whitening_of
 from ldm.types import Conditioning
 

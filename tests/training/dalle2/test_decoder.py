@@ -14,7 +14,7 @@ from ldm.models.image_conditioner import ImageTokens
 from ldm.models.image_encoder import ImageConfig, ImageTower
 from ldm.models.noise_augmentor import NoiseAugmentor
 from ldm.models.unet import UNet, UNetConfig
-from ldm.training.decoder import (
+from ldm.training.dalle2.decoder import (
     DecoderObjective,
     augmentor_of,
     encode_embeddings,
@@ -231,7 +231,7 @@ def test_kept_embeddings_are_of_this_tower(tmp_path: Path, monkeypatch: pytest.M
     np.testing.assert_array_equal(kept_embeddings(path, one, pictures), first)
     assert len(kept_embeddings(path, one, pictures[:2])) == 2
     kept_embeddings(path, one, pictures)
-    monkeypatch.setattr("ldm.training.decoder.encode_embeddings", None)
+    monkeypatch.setattr("ldm.training.dalle2.decoder.encode_embeddings", None)
     np.testing.assert_array_equal(kept_embeddings(path, one, pictures), first)
 
 

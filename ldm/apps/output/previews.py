@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.apps.flags import Model, Output
+from ldm.apps.flags.shared import Model, Output
 from ldm.errors import LdmError
 from ldm.pipeline.files import check_output, names_file
 
