@@ -71,9 +71,10 @@ SMALL = {
         compile=True,
     ),
     "clip": LoopConfig(
-        steps=2000,
+        steps=1400,
         batch=256,
-        rate=1e-3,
+        rate=2e-3,
+        optimizer="muon",
         warmup=60,
         schedule="cosine",
         ema=0.99,
